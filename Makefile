@@ -1,0 +1,40 @@
+# The commands of this project. `make help` lists them. Every one starts from `python3` alone.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SETUP_STAMP := $(VENV)/.installed
+SOURCES := megatron_zaya ckpt topology launch tests benchmarks tools setup.py
+
+.DEFAULT_GOAL := help
+.PHONY: help setup check format test clean
+
+help:  ## list the commands
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
+
+setup: $(SETUP_STAMP)  ## build .venv (quick when nothing changed)
+
+$(SETUP_STAMP): setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info < (3, 14), f"Python 3.11 to 3.13 is needed, this is {sys.version.split()[0]}; set PYTHON="'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@
+
+check: setup  ## format, lint, types, import contracts, shell scripts, spelling
+	$(BIN)/ruff format --check --quiet $(SOURCES)
+	$(BIN)/ruff check --quiet $(SOURCES)
+	$(BIN)/mypy
+	PATH=$(BIN):$$PATH $(BIN)/lint-imports
+	$(BIN)/shellcheck .ci/run tools/*.sh
+	$(BIN)/codespell
+
+format: setup  ## rewrite the sources in the project's format
+	$(BIN)/ruff format --quiet $(SOURCES)
+	$(BIN)/ruff check --fix --quiet $(SOURCES)
+
+test: setup  ## the whole test-suite
+	tools/install_apt_packages.sh
+	OMP_NUM_THREADS=1 $(BIN)/pytest
+
+clean:  ## remove the environment and everything that runs wrote
+	rm -rf $(VENV) .venv-mcore-latest runs data

@@ -1,0 +1,1 @@
+"""Sharded checkpoints: save and load the state of a distributed training job."""

