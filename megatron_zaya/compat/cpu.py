@@ -1,0 +1,168 @@
+"""Stand-ins that let unmodified Megatron-Core run on a machine without an accelerator.
+
+Megatron-Core names the CUDA device unconditionally in a few places: `torch.cuda.current_device()`, `device="cuda"`
+literals, streams, events, RNG states, and comparisons with `torch.cuda.FloatTensor`. Without an accelerator, and only
+then, `install()` answers those calls for the CPU. It patches torch in this process (each rank calls it), once.
+The factories are wrapped rather than a TorchFunctionMode entered: a mode would tax every torch call of a step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+_FACTORIES = ("arange", "as_tensor", "empty", "empty_like", "eye", "full", "full_like", "ones", "ones_like")
+_FACTORIES += ("rand", "randint", "randn", "randperm", "tensor", "zeros", "zeros_like")
+
+
+class _Inert:
+    """A stream or event: on the CPU every operation has finished when it returns."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.device = torch.device("cpu")
+
+    def __enter__(self) -> _Inert:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        return None
+
+    def wait_stream(self, *args: Any) -> None: ...
+
+    def wait_event(self, *args: Any) -> None: ...
+
+    def record_event(self, *args: Any) -> _Inert:
+        return self
+
+    def record(self, *args: Any) -> None: ...
+
+    def wait(self, *args: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, *args: Any) -> float:
+        return 0.0
+
+
+def has_accelerator() -> bool:
+    """Return whether a CUDA or ROCm device is usable in this process."""
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """Return the device of this rank: its accelerator, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if has_accelerator() else torch.device("cpu")
+
+
+def _names_cuda(target: Any) -> bool:
+    if isinstance(target, torch.device):
+        return target.type == "cuda"
+    return isinstance(target, str) and target.startswith("cuda")
+
+
+def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a tensor factory: a CUDA device becomes the CPU, pinning (which needs a driver) is dropped."""
+
+    @functools.wraps(factory)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if _names_cuda(kwargs.get("device")):
+            kwargs["device"] = "cpu"
+        kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+
+    return wrapper
+
+
+def _tensor_to(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args and _names_cuda(args[0]):
+            args = ("cpu", *args[1:])
+        if _names_cuda(kwargs.get("device")):
+            kwargs["device"] = "cpu"
+        return original(self, *args, **kwargs)
+
+    return to
+
+
+def _tensor_type(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def type_(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if dtype is not None:
+            return original(self, dtype, *args, **kwargs)
+        # Megatron-Core's optimizers sort parameters by the CUDA spelling of their type.
+        return original(self).replace("torch.", "torch.cuda.", 1)
+
+    return type_
+
+
+@contextlib.contextmanager
+def _stream(*args: Any) -> Iterator[None]:
+    yield
+
+
+def _set_rng_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+    torch.set_rng_state(state)
+
+
+def _get_rng_state(*args: Any, **kwargs: Any) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def _patch_torch() -> None:
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: torch.device("cpu")
+    cuda.Stream = cuda.Event = _Inert
+    cuda.current_stream = cuda.default_stream = lambda *args: _Inert()
+    cuda.stream = _stream
+    for name in ("synchronize", "set_device", "empty_cache", "reset_peak_memory_stats"):
+        setattr(cuda, name, _nothing)
+    cuda.nvtx.range_push = cuda.nvtx.range_pop = _nothing
+    cuda.manual_seed = cuda.manual_seed_all = lambda seed: torch.manual_seed(seed)
+    cuda.get_rng_state = cuda.random.get_rng_state = _get_rng_state
+    cuda.set_rng_state = cuda.random.set_rng_state = _set_rng_state
+    for name in _FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    tensor: Any = torch.Tensor
+    tensor.cuda = lambda self, *args, **kwargs: self
+    tensor.record_stream = _nothing
+    tensor.pin_memory = lambda self, *args, **kwargs: self
+    tensor.to = _tensor_to(tensor.to)
+    tensor.type = _tensor_type(tensor.type)
+
+
+def _patch_megatron() -> None:
+    """Point Megatron-Core's own copies of the RNG helpers at the CPU generator."""
+    from megatron.core.tensor_parallel import random as mcore_random
+
+    mcore_random._get_cuda_rng_state = _get_rng_state
+    mcore_random._set_cuda_rng_state = _set_rng_state
+
+
+@functools.cache
+def install() -> bool:
+    """Install the CPU stand-ins if this machine has no accelerator. Idempotent; call before building a model.
+
+    Returns:
+        True if the stand-ins are active, False if an accelerator made them unnecessary.
+    """
+    if has_accelerator():
+        return False
+    logger.info("no accelerator: Megatron-Core runs on the CPU through megatron_zaya.compat.cpu")
+    _patch_torch()
+    _patch_megatron()
+    return True

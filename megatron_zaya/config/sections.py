@@ -1,0 +1,227 @@
+"""The sections of a run file. Names equal Megatron-Core's wherever the meaning is equal.
+
+Invariant: unknown keys are errors, and every default is a value that somebody would want to train with.
+Units are in the names (`_tokens`, `_s`, `_bytes`) or in the description.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+LayerType = Literal["full", "sliding"]
+
+
+class Section(BaseModel):
+    """Base of every section: no unknown keys, no silent type changes, defaults are validated too."""
+
+    model_config = ConfigDict(
+        strict=True, extra="forbid", validate_default=True, use_attribute_docstrings=True
+    )
+
+
+class ModelConfig(Section):
+    """The architecture. Defaults are those of the released ZAYA1-8B."""
+
+    num_layers: PositiveInt = 40
+    """Layer pairs: one CCA attention and one mixture-of-experts each."""
+    hidden_size: PositiveInt = 2048
+    num_attention_heads: PositiveInt = 8
+    """Query heads in the compressed space."""
+    num_query_groups: PositiveInt = 2
+    """Key-value heads."""
+    kv_channels: PositiveInt = 128
+    """Width of a head."""
+    num_moe_experts: PositiveInt = 16
+    """Experts with parameters; the router has one class more, the skip class."""
+    moe_ffn_hidden_size: PositiveInt = 2048
+    """Inner width of a SwiGLU expert."""
+    router_hidden_size: PositiveInt = 256
+    vocab_size: PositiveInt = 262_272
+    """Rows of the embedding; may exceed the tokenizer's vocabulary (padding for alignment)."""
+    share_embeddings_and_output_weights: bool = True
+    max_position_embeddings: PositiveInt = 131_072
+    layernorm_epsilon: PositiveFloat = 1e-5
+    cca_time0: PositiveInt = 2
+    """Taps of the depthwise causal convolution over time."""
+    cca_time1: PositiveInt = 2
+    """Taps of the causal convolution over time that mixes the channels of one head."""
+    rotary_percent: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Part of each head that carries a rotary position."""
+    rotary_base: PositiveFloat = 5_000_000.0
+    """RoPE base of the layers with full attention."""
+    sliding_rotary_base: PositiveFloat = 10_000.0
+    """RoPE base of the layers with sliding-window attention."""
+    sliding_window: PositiveInt | None = None
+    """Tokens that a sliding layer sees, the current one included."""
+    layer_types: list[LayerType] | None = None
+    """One entry a layer; all "full" when not given."""
+    skip_expert: Literal["zero", "scaled_identity"] = "zero"
+    """What the skip class contributes: nothing (transformers), or probability times its normed input."""
+    skip_expert_bias: float = -1.0
+    """Start value of the skip class's balancing bias."""
+    attention_temperature_init: PositiveFloat = 1.0
+    """Start value of the key temperature; zero (the inference default elsewhere) would silence every key."""
+    init_method_std: PositiveFloat = 0.02
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.num_attention_heads % self.num_query_groups:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} must be a multiple of "
+                f"num_query_groups={self.num_query_groups}: each key-value head serves equally many"
+            )
+        if (self.num_query_groups * self.kv_channels) % 2:
+            raise ValueError(
+                f"num_query_groups * kv_channels = {self.num_query_groups * self.kv_channels} must be even: "
+                "half of the value width comes from the previous token"
+            )
+        rotated = self.kv_channels * self.rotary_percent
+        if rotated != int(rotated) or int(rotated) % 2:
+            raise ValueError(
+                f"kv_channels * rotary_percent = {rotated:g} must be an even number of rotated channels"
+            )
+        types = self.layer_types
+        if types is not None and len(types) != self.num_layers:
+            raise ValueError(f"layer_types has {len(types)} entries for num_layers={self.num_layers}")
+        if types is not None and "sliding" in types and self.sliding_window is None:
+            raise ValueError("layer_types names a sliding layer, but sliding_window is not set")
+        return self
+
+
+class ParallelConfig(Section):
+    """How the model is spread over ranks. The data-parallel size is what the world leaves."""
+
+    tensor_model_parallel_size: PositiveInt = 1
+    pipeline_model_parallel_size: PositiveInt = 1
+    virtual_pipeline_model_parallel_size: PositiveInt | None = None
+    context_parallel_size: PositiveInt = 1
+    expert_model_parallel_size: PositiveInt = 1
+    expert_tensor_parallel_size: PositiveInt = 1
+    sequence_parallel: bool = False
+    moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
+    use_distributed_optimizer: bool = True
+    """Shard optimizer state over data-parallel ranks (ZeRO-1)."""
+    overlap_grad_reduce: bool = True
+    """Reduce gradients while the backward pass still runs."""
+    overlap_param_gather: bool = False
+    grad_reduce_in_fp32: bool = True
+    ddp_bucket_size: PositiveInt | None = None
+    """Elements of a gradient bucket; None leaves the choice to Megatron-Core."""
+
+
+class OptimizerConfig(Section):
+    """AdamW, as Megatron-Core's optimizer runs it."""
+
+    optimizer: Literal["adam"] = "adam"
+    lr: PositiveFloat = 6e-4
+    min_lr: NonNegativeFloat = 2e-4
+    weight_decay: NonNegativeFloat = 0.1
+    adam_beta1: Fraction = 0.9
+    adam_beta2: Fraction = 0.95
+    adam_eps: PositiveFloat = 1e-8
+    clip_grad: NonNegativeFloat = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+
+    @model_validator(mode="after")
+    def _check(self) -> OptimizerConfig:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr={self.min_lr:g} is above lr={self.lr:g}")
+        return self
+
+
+class ScheduleConfig(Section):
+    """Batch sizes, length of the run, learning-rate curve and evaluation."""
+
+    train_iters: PositiveInt = 1000
+    global_batch_size: PositiveInt = 8
+    """Sequences per optimizer step over all ranks."""
+    micro_batch_size: PositiveInt = 1
+    """Sequences per forward pass on one rank."""
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root"] = "cosine"
+    lr_warmup_iters: NonNegativeInt = 0
+    lr_decay_iters: PositiveInt | None = None
+    """Iterations until min_lr; None means train_iters."""
+    eval_interval: NonNegativeInt = 0
+    """Iterations between evaluations on held-out text; 0 evaluates never."""
+    eval_iters: PositiveInt = 8
+    """Global batches per evaluation."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ScheduleConfig:
+        if self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"global_batch_size={self.global_batch_size} must be a multiple of "
+                f"micro_batch_size={self.micro_batch_size}"
+            )
+        decay = self.lr_decay_iters or self.train_iters
+        if self.lr_warmup_iters >= decay:
+            raise ValueError(
+                f"lr_warmup_iters={self.lr_warmup_iters} must be below the decay length {decay} "
+                "(lr_decay_iters, or train_iters)"
+            )
+        return self
+
+
+class DataConfig(Section):
+    """Tokenised text in Megatron's .bin/.idx format (`zaya data prepare` makes it)."""
+
+    data_path: list[str] = Field(default_factory=list)
+    """Prefixes of .bin/.idx pairs, or alternating weight and prefix for a blend."""
+    split: str = "969,30,1"
+    """Relative sizes of the train, validation and test parts."""
+    seq_length: PositiveInt = 4096
+    tokenizer_model: str = "byte"
+    """"byte" (built in), or a folder with a Hugging Face tokenizer.json."""
+    reset_position_ids: bool = False
+    reset_attention_mask: bool = False
+    eod_mask_loss: bool = False
+    data_cache_path: str | None = None
+    """Folder of the sample index; None keeps it beside the data."""
+    num_workers: NonNegativeInt = 0
+    """Loader processes per rank."""
+
+
+class CheckpointConfig(Section):
+    """Saving and resuming."""
+
+    save_interval: NonNegativeInt = 0
+    """Iterations between saves; 0 saves at the end only."""
+    save_at_end: bool = True
+    load: str | None = None
+    """Checkpoint folder to start from; missing is an error. None resumes from the run folder, if any."""
+    load_iteration: NonNegativeInt | None = None
+    """Iteration to load; None means the newest complete one."""
+    load_optimizer: bool = True
+    """False takes the weights only and starts at iteration 0."""
+
+
+class TelemetryConfig(Section):
+    """What the run says about itself."""
+
+    log_interval: PositiveInt = 1
+    """Iterations between step lines."""
+    live: Literal["auto", "on", "off"] = "auto"
+    """Live view on the terminal; auto means only on a TTY."""
+    loss_curve: bool = True
+    """Draw loss_curve.png in the run folder (needs the extra `plots`)."""
+
+
+class RunSection(Section):
+    """Identity, place and numerics of the run."""
+
+    name: Annotated[str, Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
+    dir: str = "runs/{name}"
+    """Run folder; {name} is replaced."""
+    seed: NonNegativeInt = 1234
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Parameter and compute type; bf16 keeps fp32 master weights, residual stream, norms and softmaxes."""
+    backend: Literal["auto", "nccl", "gloo"] = "auto"
+    """Communication library; auto is nccl (RCCL on ROCm) with an accelerator, else gloo."""
+    distributed_timeout_s: PositiveInt = 600
