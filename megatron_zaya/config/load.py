@@ -75,9 +75,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     if tree is None:
         tree = {}
     if not isinstance(tree, dict):
-        raise ConfigError(
-            f"{path}: the top level must be sections (run, model, ...), not {type(tree).__name__}"
-        )
+        raise ConfigError(f"{path}: the top level must be sections (run, model, ...), not {type(tree).__name__}")
     tree = {name: {} if section is None else section for name, section in tree.items()}
     for override in overrides:
         _apply_override(tree, override)

@@ -21,9 +21,7 @@ LayerType = Literal["full", "sliding"]
 class Section(BaseModel):
     """Base of every section: no unknown keys, no silent type changes, defaults are validated too."""
 
-    model_config = ConfigDict(
-        strict=True, extra="forbid", validate_default=True, use_attribute_docstrings=True
-    )
+    model_config = ConfigDict(strict=True, extra="forbid", validate_default=True, use_attribute_docstrings=True)
 
 
 class ModelConfig(Section):
@@ -84,9 +82,7 @@ class ModelConfig(Section):
             )
         rotated = self.kv_channels * self.rotary_percent
         if rotated != int(rotated) or int(rotated) % 2:
-            raise ValueError(
-                f"kv_channels * rotary_percent = {rotated:g} must be an even number of rotated channels"
-            )
+            raise ValueError(f"kv_channels * rotary_percent = {rotated:g} must be an even number of rotated channels")
         types = self.layer_types
         if types is not None and len(types) != self.num_layers:
             raise ValueError(f"layer_types has {len(types)} entries for num_layers={self.num_layers}")
