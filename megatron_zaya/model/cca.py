@@ -1,0 +1,243 @@
+"""Compressed convolutional attention (CCA, arXiv 2510.04476, as released in ZAYA1).
+
+    q, k  = x Wq, x Wk                                      compressed heads
+    qk    = grouped_conv(depthwise_conv([q | k]))            both causal over time, the second mixes one head's channels
+    q, k  = qk + mean coupling of the unconvolved q and k
+    q, k  = sqrt(D) q/|q|,  sqrt(D) temperature k/|k|        then RoPE on a part of each head
+    v     = [x_t Wv_current | x_{t-1} Wv_delayed]            half of the value width comes from the previous token
+    out   = softmax(q k / sqrt(D)) v Wo                      grouped-query attention, full or sliding window
+
+Every parameter is one logical tensor, split over tensor-parallel ranks along its first dimension (heads).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.utils import divide
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from megatron_zaya.model.sharding import describe_shard
+from megatron_zaya.model.transformer_config import ZayaTransformerConfig
+
+
+@dataclass
+class CCASubmodules:
+    """The replaceable parts of :class:`CompressedConvolutionalAttention`."""
+
+    linear_qkv: ModuleSpec | type
+    """Column-parallel product without a weight of its own: it takes the concatenated q, k and v weights."""
+    core_attention: ModuleSpec | type
+    linear_proj: ModuleSpec | type
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """Return ``x`` in fp32, or unchanged if it is wider."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class CausalHeadConvolution(nn.Module):
+    """Weights of the two causal convolutions over time for one stream (q or k) of ``heads`` heads.
+
+    Shapes are those of torch's Conv1d: depthwise [heads*D, 1, cca_time0], grouped by head [heads*D, D, cca_time1].
+    """
+
+    def __init__(self, config: ZayaTransformerConfig, heads: int, tp_group: ProcessGroup) -> None:
+        super().__init__()
+        width, dtype = config.kv_channels, config.params_dtype
+        shapes = {
+            "depthwise_weight": (heads * width, 1, config.cca_time0),
+            "depthwise_bias": (heads * width,),
+            "grouped_weight": (heads * width, width, config.cca_time1),
+            "grouped_bias": (heads * width,),
+        }
+        for name, shape in shapes.items():
+            parameter = nn.Parameter(torch.empty(shape, dtype=dtype))
+            describe_shard(parameter, {0: tp_group})
+            self.register_parameter(name, parameter)
+
+
+def causal_convolutions(
+    x_SBC: Tensor,
+    depthwise_weight: Tensor,
+    depthwise_bias: Tensor,
+    grouped_weight: Tensor,
+    grouped_bias: Tensor,
+    history_PBC: Tensor | None = None,
+) -> Tensor:
+    """Depthwise, then head-wise causal convolution over time.
+
+    Args:
+        x_SBC: the concatenated q and k channels.
+        depthwise_weight: [C, 1, k0]; depthwise_bias: [C].
+        grouped_weight: [C, D, k1], one group per head; grouped_bias: [C].
+        history_PBC: the P = k0 + k1 - 2 rows before ``x_SBC``; None means the sequence starts here and they are
+            zero. Only the input of the first convolution is padded: its bias reaches the rows before the start.
+
+    Returns:
+        [S, B, C] in the dtype of ``x_SBC``.
+    """
+    seq, batch, channels = x_SBC.shape
+    head_width, taps0, taps1 = grouped_weight.shape[1], depthwise_weight.shape[2], grouped_weight.shape[2]
+    if history_PBC is None:
+        history_PBC = x_SBC.new_zeros(taps0 + taps1 - 2, batch, channels)
+    x_SBC = torch.cat([history_PBC, x_SBC])
+    rows = seq + taps1 - 1
+    y = depthwise_bias
+    for tap in range(taps0):
+        y = torch.addcmul(y, x_SBC[tap : tap + rows], depthwise_weight[:, 0, tap])
+    # One matrix product per head and tap, over all rows at once: [heads, rows*B, D] x [heads, D_in, D_out].
+    heads = channels // head_width
+    y = y.view(rows * batch, heads, head_width).transpose(0, 1)
+    weight = grouped_weight.view(heads, head_width, head_width, taps1)
+    out = grouped_bias.view(heads, 1, head_width)
+    for tap in range(taps1):
+        out = torch.baddbmm(out, y[:, tap * batch : (tap + seq) * batch], weight[..., tap].transpose(1, 2))
+    return out.transpose(0, 1).reshape(seq, batch, channels)
+
+
+def couple_means(qk_SBXD: Tensor, query_heads: int) -> Tensor:
+    """Return the mean coupling that by-passes the convolutions, for the query heads and then the key heads.
+
+    Each query head is averaged with its key head; each key head becomes the mean of its group of those.
+    """
+    seq, batch, heads, width = qk_SBXD.shape
+    groups = heads - query_heads
+    q, k = qk_SBXD.split([query_heads, groups], dim=2)
+    q = (q.reshape(seq, batch, groups, query_heads // groups, width) + k.unsqueeze(3)) * 0.5
+    return torch.cat([q.flatten(2, 3), q.mean(dim=3)], dim=2)
+
+
+def scale_to_sqrt_width(x: Tensor) -> Tensor:
+    """L2-normalise the last dimension (width D) to length sqrt(D), in the dtype of ``x``."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).eps)
+    return x * (math.sqrt(x.shape[-1]) / norm)
+
+
+def delay_one_token(x_SBV: Tensor, previous_1BV: Tensor | None = None) -> Tensor:
+    """Shift rows by one token; the first row is ``previous_1BV``, or zero at the start of the sequence."""
+    if previous_1BV is None:
+        previous_1BV = x_SBV.new_zeros(1, *x_SBV.shape[1:])
+    return torch.cat([previous_1BV, x_SBV[:-1]])
+
+
+class CausalAttention(nn.Module):
+    """Grouped-query causal attention through torch's fused kernels, over all tokens or a sliding window."""
+
+    def __init__(self, config: ZayaTransformerConfig, layer_number: int) -> None:
+        super().__init__()
+        self.window = config.sliding_window if config.is_sliding(layer_number) else None
+        self._mask: Tensor | None = None
+
+    def _window_mask(self, seq: int, device: torch.device) -> Tensor:
+        if self._mask is None or self._mask.shape[0] != seq or self._mask.device != device:
+            distance = torch.arange(seq, device=device)[:, None] - torch.arange(seq, device=device)[None, :]
+            self._mask = (distance >= 0) & (distance < self.window)
+        return self._mask
+
+    def forward(self, q_SBQD: Tensor, k_SBKD: Tensor, v_SBKD: Tensor) -> Tensor:
+        """Return [S, B, Q*D]; the logits are scaled by 1/sqrt(D)."""
+        seq, batch = q_SBQD.shape[:2]
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SBQD, k_SBKD, v_SBKD))
+        masked = self.window is not None and self.window < seq
+        out_BQSD = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=self._window_mask(seq, q.device) if masked else None,
+            is_causal=not masked,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        return out_BQSD.permute(2, 0, 1, 3).reshape(seq, batch, -1)
+
+
+class CompressedConvolutionalAttention(MegatronModule):
+    """CCA of one layer; see the module header for the formulas."""
+
+    def __init__(
+        self,
+        config: ZayaTransformerConfig,
+        submodules: CCASubmodules,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+    ) -> None:
+        super().__init__(config=config)
+        self.layer_number = layer_number
+        tp_size, tp_rank = pg_collection.tp.size(), pg_collection.tp.rank()
+        self.query_heads = divide(config.num_attention_heads, tp_size)
+        self.kv_heads = divide(config.num_query_groups, tp_size)
+        self.q_width = self.query_heads * config.kv_channels
+        self.kv_width = self.kv_heads * config.kv_channels
+        # Of all value rows, the second half is delayed; this rank holds a contiguous part of them.
+        first_delayed = divide(config.num_query_groups * config.kv_channels, 2)
+        self.current_width = min(max(first_delayed - tp_rank * self.kv_width, 0), self.kv_width)
+
+        for name, rows in (("linear_q", self.q_width), ("linear_k", self.kv_width), ("linear_v", self.kv_width)):
+            weight = nn.Parameter(torch.empty(rows, config.hidden_size, dtype=config.params_dtype))
+            describe_shard(weight, {0: pg_collection.tp})
+            self.register_parameter(name, weight)
+        self.conv_q = CausalHeadConvolution(config, self.query_heads, pg_collection.tp)
+        self.conv_k = CausalHeadConvolution(config, self.kv_heads, pg_collection.tp)
+        self.temperature = nn.Parameter(torch.empty(self.kv_heads, dtype=config.params_dtype))
+        describe_shard(self.temperature, {0: pg_collection.tp})
+
+        q_size = config.num_attention_heads * config.kv_channels
+        kv_size = config.num_query_groups * config.kv_channels
+        common = dict(config=config, init_method=config.init_method, bias=False, skip_bias_add=False, is_expert=False)
+        self.linear_qkv = build_module(
+            submodules.linear_qkv,
+            config.hidden_size,
+            q_size + 2 * kv_size,
+            gather_output=False,
+            skip_weight_param_allocation=True,
+            tp_group=pg_collection.tp,
+            **common,
+        )
+        self.core_attention = build_module(submodules.core_attention, config=config, layer_number=layer_number)
+        self.linear_proj = build_module(
+            submodules.linear_proj,
+            q_size,
+            config.hidden_size,
+            input_is_parallel=True,
+            tp_group=pg_collection.tp,
+            **common,
+        )
+
+    def _convolve(self, qk_SBC: Tensor) -> Tensor:
+        q, k = dict(self.conv_q.named_parameters()), dict(self.conv_k.named_parameters())
+        return causal_convolutions(qk_SBC, **{name: torch.cat([q[name], k[name]]) for name in q})
+
+    def forward(self, x_SBH: Tensor, rotary_pos_emb: Tensor) -> Tensor:
+        """Attend.
+
+        Args:
+            x_SBH: the normed input (a part of the sequence under sequence parallelism).
+            rotary_pos_emb: rotary angles [S, 1, 1, rotated width] of the whole sequence, fp32.
+        """
+        weight = torch.cat([self.linear_q, self.linear_k, self.linear_v])
+        qkv_SBC, _ = self.linear_qkv(x_SBH, weight=weight)
+        qk_SBC, v_SBV = qkv_SBC.split([self.q_width + self.kv_width, self.kv_width], dim=-1)
+        seq, batch = qkv_SBC.shape[:2]
+
+        # q and k stay side by side (X = Q + K heads) until attention: one kernel each for what they share.
+        heads = (seq, batch, self.query_heads + self.kv_heads, self.config.kv_channels)
+        mean_SBXD = couple_means(at_least_fp32(qk_SBC).reshape(heads), self.query_heads)
+        qk_SBXD = scale_to_sqrt_width(self._convolve(qk_SBC).view(heads) + mean_SBXD)
+        temperature = at_least_fp32(self.temperature)
+        qk_SBXD = qk_SBXD * torch.cat([temperature.new_ones(self.query_heads), temperature])[:, None]
+        qk_SBXD = apply_rotary_pos_emb(qk_SBXD.to(x_SBH.dtype), rotary_pos_emb, config=self.config)
+        q_SBQD, k_SBKD = qk_SBXD.split([self.query_heads, self.kv_heads], dim=2)
+
+        current, delayed = v_SBV.split([self.current_width, self.kv_width - self.current_width], dim=-1)
+        v_SBKD = torch.cat([current, delay_one_token(delayed)], dim=-1).view(seq, batch, self.kv_heads, -1)
+
+        out, _ = self.linear_proj(self.core_attention(q_SBQD, k_SBKD, v_SBKD))
+        return out
