@@ -119,38 +119,31 @@ def _get_rng_state(*args: Any, **kwargs: Any) -> torch.Tensor:
     return torch.get_rng_state()
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    return None
+def _do_nothing() -> Callable[..., None]:
+    """Return a new function each time: torch.compile's rule table wants every patched name to be its own object."""
+    return lambda *args, **kwargs: None
 
 
 def _patch_torch() -> None:
     cuda: Any = torch.cuda
     cuda.current_device = lambda: torch.device("cpu")
     cuda.Stream = cuda.Event = _Inert
-    cuda.current_stream = cuda.default_stream = lambda *args: _Inert()
+    cuda.current_stream, cuda.default_stream = lambda *args: _Inert(), lambda *args: _Inert()
     cuda.stream = _stream
     for name in ("synchronize", "set_device", "empty_cache", "reset_peak_memory_stats"):
-        setattr(cuda, name, _nothing)
-    cuda.nvtx.range_push = cuda.nvtx.range_pop = _nothing
-    cuda.manual_seed = cuda.manual_seed_all = lambda seed: torch.manual_seed(seed)
+        setattr(cuda, name, _do_nothing())
+    cuda.nvtx.range_push, cuda.nvtx.range_pop = _do_nothing(), _do_nothing()
+    cuda.manual_seed = cuda.random.manual_seed = lambda seed: torch.manual_seed(seed)
     cuda.get_rng_state = cuda.random.get_rng_state = _get_rng_state
     cuda.set_rng_state = cuda.random.set_rng_state = _set_rng_state
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     tensor: Any = torch.Tensor
     tensor.cuda = lambda self, *args, **kwargs: self
-    tensor.record_stream = _nothing
+    tensor.record_stream = _do_nothing()
     tensor.pin_memory = lambda self, *args, **kwargs: self
     tensor.to = _tensor_to(tensor.to)
     tensor.type = _tensor_type(tensor.type)
-
-
-def _patch_megatron() -> None:
-    """Point Megatron-Core's own copies of the RNG helpers at the CPU generator."""
-    from megatron.core.tensor_parallel import random as mcore_random
-
-    mcore_random._get_cuda_rng_state = _get_rng_state
-    mcore_random._set_cuda_rng_state = _set_rng_state
 
 
 @functools.cache
@@ -163,6 +156,10 @@ def install() -> bool:
     if has_accelerator():
         return False
     logger.info("no accelerator: Megatron-Core runs on the CPU through megatron_zaya.compat.cpu")
+    import megatron.core.tensor_parallel.random as mcore_random  # before torch changes under its decorators
+
     _patch_torch()
-    _patch_megatron()
+    # Megatron-Core keeps its own copies of the RNG helpers.
+    mcore_random._get_cuda_rng_state = _get_rng_state
+    mcore_random._set_cuda_rng_state = _set_rng_state
     return True

@@ -103,9 +103,10 @@ class ZayaRouter(MegatronModule):
         logits_SBN = self.linear_out(F.gelu(self.linear_2(hidden)))
         wide = torch.float64 if logits_SBN.dtype == torch.float64 else torch.float32
         probs_TN = torch.softmax(logits_SBN.flatten(0, 1), dim=-1, dtype=wide)
+        counting = self.training and torch.is_grad_enabled()
         with torch.no_grad():
             class_T = (probs_TN + self.balancing_bias).argmax(dim=-1)
-            if self.training and torch.is_grad_enabled():
+            if counting:
                 self.tokens_per_class += torch.bincount(class_T, minlength=self.config.num_router_classes)
         prob_T = probs_TN.gather(1, class_T.unsqueeze(1)).squeeze(1)
         return Routing(prob_T, class_T, self.config.num_moe_experts), state_SBR

@@ -27,7 +27,7 @@ EMBEDDING = "embedding.word_embeddings.weight"
 
 
 class ZayaModel(LanguageModule):
-    """The layers ``first_layer`` .. ``first_layer + num_local_layers - 1`` (0-based) and what belongs to their stage."""
+    """The layers ``first_layer`` .. ``first_layer + num_local_layers - 1`` (0-based) with their stage's ends."""
 
     def __init__(
         self,
@@ -150,6 +150,8 @@ class ZayaModel(LanguageModule):
         assert not sharded_offsets, "the model is the top of the state"
         described = {}
         for name, tensor in self.state_dict(keep_vars=True).items():
+            if tensor is None:  # the empty extra state of Megatron-Core's linear layers
+                continue
             tied_copy = name == "output_layer.weight" and self.share_embeddings_and_output_weights
             key = prefix + self.global_name(name)
             described[prefix + name] = sharded_tensor(key, tensor, self.pg_collection, copy=int(tied_copy))

@@ -1,0 +1,1 @@
+"""How a run is spread over ranks: process groups, and what crosses them."""

@@ -1,0 +1,26 @@
+"""Shared fixtures: the CPU stand-ins, and one single-rank process group for every test of this process."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def pg_collection():
+    """Megatron-Core's process groups of a world of one rank (no network: an in-process store)."""
+    import torch
+
+    from megatron_zaya.compat import cpu
+
+    cpu.install()
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    from megatron_zaya.config.sections import ParallelConfig
+    from megatron_zaya.parallel.groups import build_process_groups
+
+    yield build_process_groups(ParallelConfig(), seed=1234)
+    torch.distributed.destroy_process_group()
