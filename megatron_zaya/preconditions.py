@@ -1,0 +1,71 @@
+"""What must hold before any rank starts: checked by the launcher and again by every rank. Torch-free, writes nothing.
+
+Fail closed: a run that cannot work stops here, in a second, with the remedy in the message.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ckpt.steps import CheckpointError, complete_iterations, find_step
+from megatron_zaya.config import ConfigError, RunConfig
+from megatron_zaya.data.datasets import check_data
+from megatron_zaya.data.tokenizer import load_tokenizer
+
+
+def _check_layout(config: RunConfig) -> None:
+    for name in (
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "context_parallel_size",
+        "expert_model_parallel_size",
+        "expert_tensor_parallel_size",
+    ):
+        value = getattr(config.parallel, name)
+        if value != 1:
+            raise ConfigError(f"parallel.{name}: {value} is not supported yet; data parallelism is (--nproc)")
+
+
+def _check_vocabulary(config: RunConfig) -> None:
+    size = load_tokenizer(config.data.tokenizer_model).vocab_size
+    if config.model.vocab_size < size:
+        raise ConfigError(
+            f"model.vocab_size={config.model.vocab_size} is smaller than the vocabulary of the tokenizer "
+            f"{config.data.tokenizer_model!r} ({size}); set model.vocab_size to at least {size}"
+        )
+
+
+def checkpoint_to_load(config: RunConfig) -> tuple[Path, int] | None:
+    """Return (folder, iteration) of the step that the run starts from, or None for a fresh start.
+
+    Raises:
+        ConfigError: an asked-for checkpoint is not there.
+    """
+    wanted = config.checkpoint
+    try:
+        if wanted.load is not None:
+            return find_step(Path(wanted.load), wanted.load_iteration)
+        if complete_iterations(config.checkpoint_dir) or wanted.load_iteration is not None:
+            return find_step(config.checkpoint_dir, wanted.load_iteration)
+    except CheckpointError as error:
+        raise ConfigError(f"checkpoint.load: {error}") from None
+    return None
+
+
+def check_run(config: RunConfig, world_size: int) -> None:
+    """Check everything about a run that can be known without starting it.
+
+    Raises:
+        ConfigError: the configuration cannot work with this world.
+        DataError: the data are missing, damaged, or do not fit the configuration.
+    """
+    _check_layout(config)
+    config.data_parallel_size(world_size)
+    if config.data.seq_length > config.model.max_position_embeddings:
+        raise ConfigError(
+            f"data.seq_length={config.data.seq_length} is beyond "
+            f"model.max_position_embeddings={config.model.max_position_embeddings}"
+        )
+    checkpoint_to_load(config)
+    check_data(config.data)
+    _check_vocabulary(config)

@@ -1,0 +1,100 @@
+"""The console: plain greppable lines close to Megatron's in batch logs, a live progress view on a terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from megatron_zaya.telemetry.events import Evaluated, Event, RunEnded, RunStarted, Saved, StepDone
+
+
+def step_line(event: StepDone) -> str:
+    """Return the one line of a step, in Megatron's field order and names."""
+    return (
+        f" iteration {event.iteration:8d}/{event.train_iters:8d} |"
+        f" consumed samples: {event.consumed_samples:12d} |"
+        f" elapsed time per iteration (ms): {event.step_time_s * 1e3:.1f} |"
+        f" throughput (tokens/s): {event.tokens_per_s:.0f} |"
+        f" learning rate: {event.learning_rate:.6E} |"
+        f" global batch size: {event.global_batch_size:5d} |"
+        f" lm loss: {event.loss:.6E} |"
+        f" grad norm: {event.grad_norm:.3f} |"
+        f" skip rate: {event.skip_rate:.3f} |"
+        f" max expert load: {event.max_expert_load:.2f} |"
+    )
+
+
+def plain_line(event: Event) -> str:
+    """Return the line of any event."""
+    match event:
+        case RunStarted():
+            origin = f"resumed from {event.resumed_from}" if event.resumed_from else "fresh start"
+            return (
+                f" training: iterations {event.iteration} to {event.train_iters} on {event.world_size} ranks "
+                f"(data parallel {event.data_parallel_size}), {event.parameters:,} parameters, "
+                f"{event.parameters_active:,} active per token; {origin}"
+            )
+        case StepDone():
+            return step_line(event)
+        case Evaluated():
+            return (
+                f" validation loss at iteration {event.iteration} | lm loss value: {event.loss:.6E} |"
+                f" tokens: {event.tokens} | elapsed time (ms): {event.time_s * 1e3:.1f} |"
+            )
+        case Saved():
+            return f" saved checkpoint at iteration {event.iteration} to {event.path} in {event.time_s:.2f} s"
+        case RunEnded():
+            return f" training ended after iteration {event.iteration}: {event.reason}"
+
+
+class PlainConsole:
+    """One line per event on standard output; steps every ``log_interval`` iterations, and the first and last."""
+
+    def __init__(self, log_interval: int) -> None:
+        self.log_interval = log_interval
+        self.first = True
+
+    def handle(self, event: Event) -> None:
+        """Print the event if it is due."""
+        if isinstance(event, StepDone):
+            due = event.iteration % self.log_interval == 0 or event.iteration == event.train_iters
+            if not (due or self.first):
+                return
+            self.first = False
+        print(plain_line(event), flush=True)
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+class LiveConsole:
+    """A progress bar to the end of the run with loss, speed and time left; other events scroll above it."""
+
+    def __init__(self) -> None:
+        self.console = Console()
+        self.progress = Progress(
+            TextColumn("[bold]iteration"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("loss {task.fields[loss]:.4f}"),
+            TextColumn("{task.fields[speed]:,.0f} tokens/s"),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+        self.task = None
+
+    def handle(self, event: Event) -> None:
+        """Update the bar, or print the event above it."""
+        if isinstance(event, StepDone):
+            self.progress.update(self.task, completed=event.iteration, loss=event.loss, speed=event.tokens_per_s)
+            return
+        self.progress.console.print(plain_line(event), highlight=False)
+        if isinstance(event, RunStarted):
+            self.task = self.progress.add_task(
+                "train", total=event.train_iters, completed=event.iteration, loss=float("nan"), speed=0.0
+            )
+            self.progress.start()
+
+    def close(self) -> None:
+        """Restore the terminal."""
+        self.progress.stop()

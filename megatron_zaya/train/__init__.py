@@ -1,0 +1,1 @@
+"""Training: setup (composition root), step, loop, state, checkpointing of the whole, callbacks."""

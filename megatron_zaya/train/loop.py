@@ -1,0 +1,68 @@
+"""The training loop. It knows steps; evaluation, saving and everything else are callbacks."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Sequence
+
+from megatron_zaya.telemetry.events import RunEnded, RunStarted, StepDone
+from megatron_zaya.train.callbacks.base import Callback
+from megatron_zaya.train.state import TrainingJob
+from megatron_zaya.train.step import StepResult, train_step
+
+
+def _step_event(job: TrainingJob, result: StepResult, learning_rate: float, step_time_s: float) -> StepDone:
+    schedule, data = job.config.schedule, job.config.data
+    tokens = schedule.global_batch_size * data.seq_length
+    return StepDone(
+        iteration=job.state.iteration,
+        train_iters=schedule.train_iters,
+        consumed_samples=job.state.consumed_samples,
+        consumed_tokens=job.state.consumed_samples * data.seq_length,
+        loss=result.loss,
+        grad_norm=result.grad_norm,
+        learning_rate=learning_rate,
+        global_batch_size=schedule.global_batch_size,
+        step_time_s=step_time_s,
+        tokens_per_s=tokens / step_time_s,
+        skip_rate=result.skip_rate,
+        max_expert_load=result.max_expert_load,
+    )
+
+
+def train(job: TrainingJob, callbacks: Sequence[Callback]) -> str:
+    """Train to the end of the schedule, or until a signal asks for a stop. Collective.
+
+    Returns:
+        "finished", or the name of the signal.
+    """
+    train_iters = job.config.schedule.train_iters
+    total, active = job.parameters
+    job.events.emit(
+        RunStarted(
+            iteration=job.state.iteration,
+            train_iters=train_iters,
+            world_size=job.env.world_size,
+            data_parallel_size=job.data_parallel_size,
+            parameters=total,
+            parameters_active=active,
+            resumed_from=job.resumed_from,
+        )
+    )
+    reason = "finished"
+    while job.state.iteration < train_iters:
+        start = time.perf_counter()
+        learning_rate = job.optimizer.param_groups[0]["lr"]
+        result = train_step(job)
+        job.events.emit(_step_event(job, result, learning_rate, time.perf_counter() - start))
+        if result.stop_signal:
+            reason = signal.Signals(result.stop_signal).name
+        for callback in callbacks:
+            callback.after_step(job)
+        if result.stop_signal:
+            break
+    for callback in callbacks:
+        callback.at_end(job)
+    job.events.emit(RunEnded(job.state.iteration, reason))
+    return reason

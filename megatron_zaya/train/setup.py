@@ -1,0 +1,226 @@
+"""The composition root: from a run configuration and a rank to a TrainingJob. Read it top to bottom.
+
+process groups -> model -> DDP -> optimizer and schedule -> data -> telemetry -> checkpoint to start from
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from ckpt.mcore import Checkpointer
+from launch.env import RankEnv
+from megatron_zaya.compat import cpu
+from megatron_zaya.config import RunConfig, dump_config
+from megatron_zaya.data.datasets import Datasets, build_datasets, order_fingerprint
+from megatron_zaya.data.sampler import ResumableSampler, build_dataloader
+from megatron_zaya.model.init import initialise
+from megatron_zaya.model.specs import zaya_layer_spec
+from megatron_zaya.model.transformer_config import zaya_transformer_config
+from megatron_zaya.model.zaya_model import EMBEDDING, ZayaModel
+from megatron_zaya.parallel.groups import build_process_groups
+from megatron_zaya.preconditions import checkpoint_to_load
+from megatron_zaya.telemetry.console import LiveConsole, PlainConsole
+from megatron_zaya.telemetry.curve import LossCurveSink
+from megatron_zaya.telemetry.events import EventStream, Sink
+from megatron_zaya.telemetry.jsonl import JsonlSink
+from megatron_zaya.train.callbacks.base import Callback
+from megatron_zaya.train.callbacks.checkpoint import SaveCheckpoints
+from megatron_zaya.train.callbacks.evaluate import Evaluate
+from megatron_zaya.train.checkpoint import load_job
+from megatron_zaya.train.state import TrainingJob, TrainState
+
+
+@contextlib.contextmanager
+def distributed_world(config: RunConfig, env: RankEnv) -> Iterator[torch.device]:
+    """Join the job's world for the duration of the block; yield the device of this rank."""
+    cpu.install()
+    accelerator = cpu.has_accelerator()
+    if accelerator:
+        torch.cuda.set_device(env.local_rank)
+    backend = config.run.backend
+    if backend == "auto":
+        backend = "nccl" if accelerator else "gloo"
+    timeout = datetime.timedelta(seconds=config.run.distributed_timeout_s)
+    if env.is_single:
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+    else:
+        torch.distributed.init_process_group(backend, rank=env.rank, world_size=env.world_size, timeout=timeout)
+    try:
+        yield cpu.device()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def build_model(
+    config: RunConfig, pg_collection: ProcessGroupCollection, device: torch.device
+) -> list[DistributedDataParallel]:
+    """Return the initialised stages of this rank, each wrapped in Megatron-Core's DistributedDataParallel."""
+    transformer = zaya_transformer_config(config)
+    transformer.calculate_per_token_loss = True
+    model = ZayaModel(
+        transformer,
+        zaya_layer_spec(),
+        config.model.vocab_size,
+        config.model.max_position_embeddings,
+        pg_collection,
+        share_embeddings_and_output_weights=config.model.share_embeddings_and_output_weights,
+    ).to(device)
+    initialise(model, transformer, config.run.seed)
+    parallel = config.parallel
+    ddp_config = DistributedDataParallelConfig(
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        grad_reduce_in_fp32=parallel.grad_reduce_in_fp32,
+        bucket_size=parallel.ddp_bucket_size,
+    )
+    chunk = DistributedDataParallel(transformer, ddp_config, model, pg_collection=pg_collection)
+    chunk.broadcast_params()
+    transformer.finalize_model_grads_func = partial(finalize_model_grads, pg_collection=pg_collection)
+    if parallel.overlap_grad_reduce:
+        transformer.no_sync_func = chunk.no_sync
+    if parallel.overlap_param_gather:
+        transformer.param_sync_func = chunk.start_param_sync
+    return [chunk]
+
+
+def build_optimizer(
+    config: RunConfig, model: list[DistributedDataParallel], pg_collection: ProcessGroupCollection
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """Return Megatron-Core's AdamW over the model's buffers, and its learning-rate schedule."""
+    opt, schedule = config.optimizer, config.schedule
+    transformer = model[0].config
+    optimizer_config = OptimizerConfig(
+        optimizer=opt.optimizer,
+        lr=opt.lr,
+        min_lr=opt.min_lr,
+        weight_decay=opt.weight_decay,
+        adam_beta1=opt.adam_beta1,
+        adam_beta2=opt.adam_beta2,
+        adam_eps=opt.adam_eps,
+        clip_grad=opt.clip_grad,
+        bf16=transformer.bf16,
+        params_dtype=transformer.params_dtype,
+        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+        overlap_param_gather=config.parallel.overlap_param_gather,
+    )
+    optimizer = get_megatron_optimizer(
+        optimizer_config, model, use_gloo_process_groups=False, pg_collection=pg_collection
+    )
+    transformer.grad_scale_func = optimizer.scale_loss
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=opt.lr,
+        min_lr=opt.min_lr,
+        lr_warmup_steps=schedule.lr_warmup_iters,
+        lr_decay_steps=schedule.lr_decay_iters or schedule.train_iters,
+        lr_decay_style=schedule.lr_decay_style,
+        start_wd=opt.weight_decay,
+        end_wd=opt.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )
+    return optimizer, scheduler
+
+
+def _build_data(config: RunConfig, env: RankEnv) -> Datasets:
+    schedule = config.schedule
+    held_out = schedule.eval_iters * schedule.global_batch_size if schedule.eval_interval else 0
+    return build_datasets(
+        config.data,
+        train_samples=schedule.train_iters * schedule.global_batch_size,
+        valid_samples=held_out,
+        seed=config.run.seed,
+        local_rank=env.local_rank,
+    )
+
+
+def _count_parameters(config: RunConfig, pg_collection: ProcessGroupCollection, model: ZayaModel) -> tuple[int, int]:
+    """Return the sizes of the whole model: all parameters, and those a token passes without the embedding."""
+    state = model.sharded_state_dict()
+    sizes = {t.key: torch.Size(t.global_shape).numel() for t in state.values() if t.data.requires_grad}
+    experts = sum(size for name, size in sizes.items() if ".mlp.experts." in name)
+    total = sum(sizes.values())
+    return total, total - sizes.get(EMBEDDING, 0) - experts + experts // config.model.num_moe_experts
+
+
+def _build_events(config: RunConfig, env: RankEnv) -> EventStream:
+    """Rank 0 has the sinks; the run folder gets the resolved configuration."""
+    if env.rank != 0:
+        return EventStream()
+    folder = config.run_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    telemetry = config.telemetry
+    live = telemetry.live == "on" or (telemetry.live == "auto" and sys.stdout.isatty())
+    console = LiveConsole() if live else PlainConsole(telemetry.log_interval)
+    sinks: list[Sink] = [console, JsonlSink(folder / "metrics.jsonl")]
+    if telemetry.loss_curve:
+        sinks.append(LossCurveSink(folder / "metrics.jsonl", folder / "loss_curve.png"))
+    return EventStream(sinks)
+
+
+def build_callbacks(config: RunConfig) -> Sequence[Callback]:
+    """Return what happens between steps, in order: evaluate, then save."""
+    callbacks: list[Callback] = []
+    if config.schedule.eval_interval:
+        callbacks.append(Evaluate(config.schedule.eval_interval))
+    checkpointer = Checkpointer(config.checkpoint_dir)
+    callbacks.append(SaveCheckpoints(checkpointer, config.checkpoint.save_interval, config.checkpoint.save_at_end))
+    return callbacks
+
+
+def build_job(config: RunConfig, env: RankEnv, device: torch.device) -> TrainingJob:
+    """Build everything a rank needs, and load the checkpoint that the run starts from. Collective.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: with the remedy in the message.
+    """
+    pg_collection = build_process_groups(config.parallel, config.run.seed)
+    model = build_model(config, pg_collection, device)
+    optimizer, scheduler = build_optimizer(config, model, pg_collection)
+    datasets = _build_data(config, env)
+    job = TrainingJob(
+        config=config,
+        env=env,
+        device=device,
+        pg_collection=pg_collection,
+        model=model,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        train_data=iter(()),
+        valid_dataset=datasets.valid,
+        state=TrainState(data_fingerprint=order_fingerprint(datasets.train)),
+        events=EventStream(),
+        parameters=_count_parameters(config, pg_collection, model[0].module),
+    )
+    start = checkpoint_to_load(config)
+    if start is not None:
+        load_job(job, *start)
+        job.resumed_from = f"{start[0]} iteration {start[1]}"
+    if job.state.iteration < config.schedule.train_iters:
+        sampler = ResumableSampler(
+            config.schedule.train_iters * config.schedule.global_batch_size,
+            job.state.consumed_samples,
+            config.schedule.micro_batch_size,
+            pg_collection.dp.rank(),
+            pg_collection.dp.size(),
+        )
+        job.train_data = iter(build_dataloader(datasets.train, sampler, config.data.num_workers))
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, lambda received, frame: setattr(job, "stop_signal", received))
+    job.events = _build_events(config, env)
+    return job

@@ -1,0 +1,65 @@
+"""Where a run stands, and everything its steps need, built once by setup.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from launch.env import RankEnv
+from megatron_zaya.config import RunConfig
+from megatron_zaya.telemetry.events import EventStream
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on. The message is for the user."""
+
+
+@dataclass
+class TrainState:
+    """The cursor of a run; saved with every checkpoint."""
+
+    iteration: int = 0
+    consumed_samples: int = 0
+    data_fingerprint: str = ""
+    """Identity of the sample order, so that a resume with other data is noticed."""
+
+
+@dataclass
+class TrainingJob:
+    """One rank's view of the run."""
+
+    config: RunConfig
+    env: RankEnv
+    device: torch.device
+    pg_collection: ProcessGroupCollection
+    model: list[DistributedDataParallel]
+    """One entry per virtual pipeline stage of this rank."""
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    train_data: Iterator[dict[str, torch.Tensor]]
+    valid_dataset: Any
+    state: TrainState
+    events: EventStream
+    resumed_from: str | None = None
+    stop_signal: int = 0
+    """Number of the signal that asked for a stop; 0 if none."""
+    parameters: tuple[int, int] = field(default=(0, 0))
+    """Parameters of the whole model: all, and active per token without the embedding."""
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Ranks that see different sequences."""
+        return self.pg_collection.dp.size()
+
+    @property
+    def num_microbatches(self) -> int:
+        """Forward passes per optimizer step on this rank."""
+        schedule = self.config.schedule
+        return schedule.global_batch_size // (schedule.micro_batch_size * self.data_parallel_size)

@@ -1,0 +1,128 @@
+"""One optimizer step, and one evaluation, through Megatron-Core's pipeline schedules.
+
+zero gradients -> forward and backward of every micro-batch -> reduce gradients -> clip and step -> learning rate
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_zaya.data.sampler import evaluation_batches
+from megatron_zaya.train.state import TrainingError, TrainingJob
+
+
+@dataclass
+class StepResult:
+    """What a step leaves behind for the loop, equal on all ranks."""
+
+    loss: float
+    tokens: int
+    grad_norm: float
+    skip_rate: float
+    max_expert_load: float
+    stop_signal: int
+
+
+def _token_loss(loss_mask_BS: Tensor, loss_BS: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Sum the losses of the unmasked tokens; Megatron-Core divides gradients by their number over the global batch."""
+    mask = loss_mask_BS.to(loss_BS.dtype)
+    total, tokens = (loss_BS * mask).sum(), mask.sum()
+    return total, tokens.int(), {"lm loss": torch.stack([total.detach().double(), tokens.double()])}
+
+
+def forward_step(data: Iterator[dict[str, Tensor]], model: torch.nn.Module, device: torch.device):
+    """Megatron-Core's forward step: the output of one micro-batch, and the function that makes it a loss."""
+    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(data).items()}
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    return output, partial(_token_loss, batch["loss_mask"])
+
+
+def _run_schedule(job: TrainingJob, data: Iterator, num_microbatches: int, forward_only: bool) -> Tensor:
+    """Run all micro-batches; return [loss sum, tokens] of this rank in fp64 (zero unless on the last stage)."""
+    losses = get_forward_backward_func()(
+        forward_step_func=partial(forward_step, device=job.device),
+        data_iterator=[data] * len(job.model) if len(job.model) > 1 else data,
+        model=job.model if len(job.model) > 1 else job.model[0],
+        num_microbatches=num_microbatches,
+        seq_length=job.config.data.seq_length,
+        micro_batch_size=job.config.schedule.micro_batch_size,
+        forward_only=forward_only,
+        pg_collection=job.pg_collection,
+    )
+    zero = torch.zeros(2, dtype=torch.float64, device=job.device)
+    return sum((loss["lm loss"] for loss in losses), start=zero)
+
+
+def _take_router_counts(job: TrainingJob) -> Tensor:
+    """Return the tokens per router class of this rank's layers since the last call, [layers, classes], and reset."""
+    routers = [layer.mlp.router for chunk in job.model for layer in chunk.module.layers]
+    counts = torch.stack([router.tokens_per_class for router in routers])
+    for router in routers:
+        router.tokens_per_class.zero_()
+    return counts
+
+
+def train_step(job: TrainingJob) -> StepResult:
+    """Run one optimizer step. Collective.
+
+    Raises:
+        TrainingError: the loss or the gradient is not finite; nothing has been stepped then.
+    """
+    for chunk in job.model:
+        chunk.zero_grad_buffer()
+    job.optimizer.zero_grad()
+    loss = _run_schedule(job, job.train_data, job.num_microbatches, forward_only=False)
+    iteration = job.state.iteration + 1
+
+    # One reduction tells every rank the loss, the router's load and whether any rank was asked to stop.
+    counts = _take_router_counts(job)
+    stop = torch.tensor([float(job.stop_signal)], dtype=torch.float64, device=job.device)
+    report = torch.cat([loss, counts.double().flatten()])
+    torch.distributed.all_reduce(report, group=job.pg_collection.dp_cp)
+    torch.distributed.all_reduce(stop, op=torch.distributed.ReduceOp.MAX)
+    mean_loss = (report[0] / report[1]).item()
+    if not torch.isfinite(report[0]):
+        raise TrainingError(
+            f"iteration {iteration}: the loss is {mean_loss}; the parameters are those of iteration {iteration - 1}. "
+            "Lower optimizer.lr, or look at the data of this step"
+        )
+    updated, grad_norm, _ = job.optimizer.step()
+    if not updated or not torch.isfinite(torch.tensor(grad_norm)):
+        raise TrainingError(f"iteration {iteration}: the gradient norm is {grad_norm}; lower optimizer.lr")
+    job.scheduler.step(increment=1)
+    job.state.iteration = iteration
+    job.state.consumed_samples += job.config.schedule.global_batch_size
+
+    counts = report[2:].view_as(counts)
+    dispatched = counts[:, :-1]
+    even_share = dispatched.sum(dim=1).clamp_min(1) / dispatched.shape[1]
+    return StepResult(
+        loss=mean_loss,
+        tokens=int(report[1].item()),
+        grad_norm=float(grad_norm),
+        skip_rate=(counts[:, -1].sum() / counts.sum()).item(),
+        max_expert_load=(dispatched.max(dim=1).values / even_share).max().item(),
+        stop_signal=int(stop.item()),
+    )
+
+
+@torch.no_grad()
+def evaluate(job: TrainingJob) -> tuple[float, int]:
+    """Return the mean loss over the first `eval_iters` global batches of held-out text, and its tokens. Collective."""
+    schedule = job.config.schedule
+    data = evaluation_batches(
+        job.valid_dataset, schedule.micro_batch_size, job.pg_collection.dp.rank(), job.data_parallel_size
+    )
+    for chunk in job.model:
+        chunk.eval()
+    loss = _run_schedule(job, data, job.num_microbatches * schedule.eval_iters, forward_only=True)
+    for chunk in job.model:
+        chunk.train()
+    torch.distributed.all_reduce(loss, group=job.pg_collection.dp_cp)
+    return (loss[0] / loss[1]).item(), int(loss[1].item())
