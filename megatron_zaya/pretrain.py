@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import sys
 
+from ckpt.steps import CheckpointError
 from launch.env import LaunchError, read_rank_env
 from megatron_zaya.config import ConfigError, load_config
 from megatron_zaya.data.errors import DataError
 from megatron_zaya.preconditions import check_run
+from megatron_zaya.train.errors import TrainingError
 
 
 def main(argv: list[str]) -> int:
@@ -40,9 +42,12 @@ def run() -> int:
     """Run one rank and turn the user's errors into one message."""
     try:
         return main(sys.argv[1:])
-    except (ConfigError, DataError, LaunchError) as error:
+    except (ConfigError, DataError, LaunchError, CheckpointError) as error:
         print(f"zaya: {error}", file=sys.stderr)
         return 2
+    except TrainingError as error:
+        print(f"zaya: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

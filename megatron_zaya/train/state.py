@@ -17,10 +17,6 @@ from megatron_zaya.config import RunConfig
 from megatron_zaya.telemetry.events import EventStream
 
 
-class TrainingError(RuntimeError):
-    """Training cannot go on. The message is for the user."""
-
-
 @dataclass
 class TrainState:
     """The cursor of a run; saved with every checkpoint."""

@@ -14,7 +14,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_zaya.data.sampler import evaluation_batches
-from megatron_zaya.train.state import TrainingError, TrainingJob
+from megatron_zaya.train.errors import TrainingError
+from megatron_zaya.train.state import TrainingJob
 
 
 @dataclass
