@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -62,7 +63,10 @@ def encode_all(chunks: Iterable[Chunk], settings: EncodeSettings, workers: int) 
             yield encode_chunk(chunk, tokenizer, settings)
         return
     pool = ProcessPoolExecutor(
-        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(settings,)
+        workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(settings,),
     )
     waiting: deque[Future[Encoded]] = deque()
     try:
@@ -97,6 +101,7 @@ def encode_chunk(chunk: Chunk, tokenizer: Tokenizer, settings: EncodeSettings) -
             pieces += (ids, eod)
             result.lengths.append(len(ids) + 1)
         result.tokens = np.concatenate(pieces).astype(settings.dtype)
+    result.error = result.error or chunk.error
     return result
 
 
@@ -152,10 +157,14 @@ def _json_text(line: bytes, key: str) -> str:
     except (ValueError, RecursionError) as error:
         shown = line.decode("utf-8", "replace").strip()
         raise DataError(
-            f"the line is not valid JSON ({error})", value=shown, remedy="Put exactly one JSON object on each line"
+            f"the line is not valid JSON ({error})",
+            value=shown,
+            remedy="Put exactly one JSON object on each line",
         ) from None
     if not isinstance(record, dict):
-        raise DataError("the line is JSON but no object", value=record, remedy=f'Write it as {{"{key}": "..."}}')
+        raise DataError(
+            "the line is JSON but no object", value=record, remedy=f'Write it as {{"{key}": "..."}}'
+        )
     if key not in record:
         remedy = "Name the key that holds the text with the option for the JSON key"
         raise DataError(f"the line has no key {key!r}", value=f"the keys {', '.join(record)}", remedy=remedy)
@@ -175,6 +184,7 @@ _worker: tuple[Tokenizer, EncodeSettings] | None = None  # one per worker proces
 
 def _start_worker(settings: EncodeSettings) -> None:
     global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent alone answers Ctrl-C, by ending the pool
     # The processes are the parallelism; the library's own threads on top of them would only fight for the cores.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_exit_with_parent, daemon=True).start()

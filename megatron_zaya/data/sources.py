@@ -6,6 +6,7 @@ workers produces the same output. Nothing here decodes text: that is the workers
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import gzip
 import hashlib
@@ -15,6 +16,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_zaya.data.errors import DataError
 
@@ -44,7 +46,8 @@ class SourceFile:
 class Chunk:
     """Work for one worker: several text files, or a block of whole lines of a JSON-lines file.
 
-    `source_bytes` is its share of the input's size on disk, for the progress bar.
+    `source_bytes` is its share of the input's size on disk, for the progress bar. `error` holds the fields of a
+    DataError that reading met after these documents; it is raised when its turn comes.
     """
 
     source_bytes: int
@@ -52,6 +55,7 @@ class Chunk:
     lines: bytes = b""
     lines_path: Path | None = None
     first_line: int = 1
+    error: dict[str, Any] | None = None
 
 
 def find_files(inputs: Sequence[str | os.PathLike[str]], suffixes: Sequence[str] = ()) -> list[SourceFile]:
@@ -76,12 +80,14 @@ def find_files(inputs: Sequence[str | os.PathLike[str]], suffixes: Sequence[str]
         else:
             raise DataError("there is no such input file or folder", where=path, remedy=_did_you_mean(path))
     if not files:
-        raise DataError("no input is named", remedy="Name text files, folders, .jsonl files, or `python-stdlib`")
+        raise DataError(
+            "no input is named", remedy="Name text files, folders, .jsonl files, or `python-stdlib`"
+        )
     return files
 
 
 def iter_chunks(files: Sequence[SourceFile]) -> Iterator[Chunk]:
-    """The documents of `files` in order, as chunks. Raises DataError when a file cannot be read."""
+    """The documents of `files` in order, as chunks."""
     pending: list[SourceFile] = []
     pending_bytes = 0
     for file in files:
@@ -104,24 +110,35 @@ def _line_chunks(file: SourceFile) -> Iterator[Chunk]:
     first = number = 1
     block: list[bytes] = []
     block_bytes = source_position = 0
+    problem: DataError | None = None
     try:
-        with file.path.open("rb") as raw:
-            stream = gzip.open(raw) if file.path.name.endswith(".gz") else raw
-            for line in stream:
+        with contextlib.ExitStack() as stack:
+            raw = stack.enter_context(file.path.open("rb"))
+            packed = file.path.name.endswith(".gz")
+            for line in stack.enter_context(gzip.open(raw)) if packed else raw:
                 block.append(line)
                 block_bytes += len(line)
                 number += 1
                 if block_bytes >= CHUNK_BYTES:
                     position = raw.tell()
-                    yield Chunk(position - source_position, lines=b"".join(block), lines_path=file.path, first_line=first)
+                    lines = b"".join(block)
+                    yield Chunk(
+                        position - source_position, lines=lines, lines_path=file.path, first_line=first
+                    )
                     first, block, block_bytes, source_position = number, [], 0, position
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(
+        problem = DataError(
             f"the file cannot be read beyond line {number - 1}: {error}",
             where=file.path,
             remedy="Check that the file is complete (`gzip -t` for .gz) and readable",
-        ) from error
-    yield Chunk(file.size_bytes - source_position, lines=b"".join(block), lines_path=file.path, first_line=first)
+        )
+    yield Chunk(
+        max(file.size_bytes - source_position, 0),
+        lines=b"".join(block),
+        lines_path=file.path,
+        first_line=first,
+        error=None if problem is None else problem.fields(),
+    )
 
 
 def _folder_files(folder: Path, suffixes: Sequence[str], skip: Sequence[str] = ()) -> list[SourceFile]:
@@ -130,13 +147,21 @@ def _folder_files(folder: Path, suffixes: Sequence[str], skip: Sequence[str] = (
         folders[:] = [n for n in folders if not n.startswith(".") and n not in skip and n != "__pycache__"]
         for name in names:
             path = Path(parent, name)
-            if name.startswith(".") or (suffixes and not name.endswith(tuple(suffixes))) or not path.is_file():
+            if (
+                name.startswith(".")
+                or (suffixes and not name.endswith(tuple(suffixes)))
+                or not path.is_file()
+            ):
                 continue
-            key = hashlib.sha256(path.relative_to(folder).as_posix().encode("utf-8", "surrogateescape")).digest()
+            key = hashlib.sha256(
+                path.relative_to(folder).as_posix().encode("utf-8", "surrogateescape")
+            ).digest()
             found.append((key, SourceFile(path, path.stat().st_size, named=False)))
     if not found:
         wanted = f"no file ending in {' or '.join(suffixes)}" if suffixes else "no file"
-        raise DataError(f"the folder holds {wanted}", where=folder, remedy="Check the folder and the suffix filter")
+        raise DataError(
+            f"the folder holds {wanted}", where=folder, remedy="Check the folder and the suffix filter"
+        )
     return [file for _, file in sorted(found, key=lambda item: item[0])]
 
 
