@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,7 +23,8 @@ class Blend:
 def parse_blend(data_path: Sequence[str]) -> Blend:
     """`data_path` as prefixes, or as weight, prefix, weight, prefix, ...
 
-    Raises DataError when it is empty, mixes both forms, lacks a prefix, or has a weight that is no positive number.
+    Raises DataError when it is empty, mixes both forms, lacks a prefix, or has a weight that is no positive
+    number.
     """
     entries = [str(entry).strip() for entry in data_path]
     where = "data.data_path"
@@ -49,17 +51,17 @@ def parse_blend(data_path: Sequence[str]) -> Blend:
     return Blend(tuple(entries[1::2]), weights)
 
 
-def split_bounds(split: str, sequences: int) -> list[tuple[int, int]]:
-    """The half-open ranges of the documents of training, validation and test data, exactly as mcore cuts them.
+def split_bounds(split: str, sequences: int) -> list[tuple[int, int] | None]:
+    """The half-open ranges of the documents of training, validation and test data, exactly as mcore cuts
+    them.
 
-    `(0, 0)` for a split without a share. Raises DataError when `split` is not one to three shares of which one is
+    None for a split without a share. Raises DataError when `split` is not one to three shares of which one is
     positive.
     """
-    try:
-        shares = [float(share) for share in split.split(",")]
-    except ValueError:
-        shares = []
-    if not 1 <= len(shares) <= 3 or not all(0 <= s < math.inf for s in shares) or not sum(shares):
+    written = [share.strip() for share in split.split(",")]
+    # Plain decimals only: mcore reads "1e-3" as two shares.
+    shares = [float(share) for share in written if re.fullmatch(r"\d+\.?\d*|\.\d+", share)]
+    if len(shares) != len(written) or len(shares) > 3 or not sum(shares):
         raise DataError(
             "the split is not one to three shares",
             where="data.split",
@@ -68,11 +70,12 @@ def split_bounds(split: str, sequences: int) -> list[tuple[int, int]]:
         )
     vector = np.array(shares + [0.0] * (3 - len(shares)))
     parts = (vector / vector.sum()).tolist()
-    bounds, begin = [], 0.0
+    bounds: list[tuple[int, int] | None] = []
+    begin = 0.0
     for part in parts:
         end = begin + part
         cut = (round(begin * float(sequences)), round(end * float(sequences)))
-        bounds.append(cut if part else (0, 0))
+        bounds.append(cut if part else None)
         begin = end
     return bounds
 

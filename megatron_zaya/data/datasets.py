@@ -1,8 +1,9 @@
-"""Train and validation datasets for a run, over mcore's GPTDataset and its blends; and the checks before them.
+"""Train and validation datasets for a run, over mcore's GPTDataset and its blends; and the checks before
+them.
 
-`check_data` reads headers only and imports no torch: it is what a command runs first. `build_datasets` is called by
-every rank; one process per file system builds the sample indices (`index_cache.py`), the others read them.
-`order_fingerprint` tells whether a resumed run sees the same samples in the same order.
+`check_data` reads headers only and imports no torch: it is what a command runs first. `build_datasets` is
+called by every rank; one process per file system builds the sample indices (`index_cache.py`), the others
+read them. `order_fingerprint` tells whether a resumed run sees the same samples in the same order.
 """
 
 from __future__ import annotations
@@ -51,9 +52,11 @@ class DataSettings(Protocol):
 
 @dataclass(frozen=True)
 class Datasets:
-    """mcore datasets whose items hold `tokens`, `labels`, `loss_mask` and `position_ids`, each `[seq_length]`.
+    """mcore datasets whose items hold `tokens`, `labels`, `loss_mask` and `position_ids`, each
+    `[seq_length]`.
 
-    `loss_mask` is float32, the rest int64. A blend's items also have `dataset_id`. None where 0 samples were asked.
+    `loss_mask` is float32, the rest int64. A blend's items also have `dataset_id`. None where 0 samples were
+    asked.
     """
 
     train: Any
@@ -63,8 +66,8 @@ class Datasets:
 def check_data(config: DataSettings) -> None:
     """Whether `config` names data that can be trained on, from headers and sidecars alone; imports no torch.
 
-    Raises DataError for missing, damaged or truncated files, a malformed blend or split, a tokenizer other than the
-    one that prepared the data, and a training or validation share that is shorter than one sample.
+    Raises DataError for missing, damaged or truncated files, a malformed blend or split, a tokenizer other
+    than the one that prepared the data, and a training or validation share that is shorter than one sample.
     """
     if config.seq_length < 1:
         raise DataError(
@@ -75,9 +78,9 @@ def check_data(config: DataSettings) -> None:
     for prefix in blend.prefixes:
         index = read_index(prefix)
         _check_tokenizer(prefix, config.tokenizer_model, identity)
-        for name, (begin, end) in zip(SPLITS, split_bounds(config.split, index.sequences), strict=False):
-            if (begin, end) != (0, 0):
-                _check_split(index, name, begin, end, config)
+        for name, bounds in zip(SPLITS, split_bounds(config.split, index.sequences), strict=False):
+            if bounds is not None:
+                _check_split(index, name, bounds, config)
 
 
 def build_datasets(
@@ -90,25 +93,31 @@ def build_datasets(
     local_rank: int | None = None,
     group: Any = None,
 ) -> Datasets:
-    """The datasets of a run, with at least as many samples as asked (documents repeat in epochs when they must).
+    """The datasets of a run, with at least as many samples as asked (documents repeat in epochs when they
+    must).
 
-    In a distributed job every rank calls it and all return together: the lowest rank of `group` (default: the world)
-    builds the sample indices. Where the cache is on a disk of each node's own, pass `local_rank`, so that local rank
-    0 builds what its node does not see. Without torch.distributed this process builds. The indices are cached beside
-    the first prefix, or under `data_cache_path`. Several prefixes without weights are mixed by their token counts.
+    In a distributed job every rank calls it and all return together: the lowest rank of `group` (default:
+    the world) builds the sample indices. Where the cache is on a disk of each node's own, pass `local_rank`,
+    so that local rank 0 builds what its node does not see. Without torch.distributed this process builds.
+    The indices are cached beside the first prefix, or under `data_cache_path`. Several prefixes without
+    weights are mixed by their token counts.
 
-    Raises DataError as `check_data` does, and on every rank if the indices cannot be built or are not visible.
+    Raises DataError as `check_data` does, and on every rank if the indices cannot be built or are not
+    visible.
     """
     check_data(config)
-    request = _request(config, train_samples, valid_samples, seed, tokenizer)
-    for name, samples, part in zip(
-        SPLITS, (train_samples, valid_samples), split_bounds(config.split, 1 << 30), strict=False
-    ):
-        if samples and part == (0, 0):
+    if train_samples < 0 or valid_samples < 0 or not train_samples + valid_samples:
+        raise DataError(
+            "no samples are asked for", value=f"{train_samples} training, {valid_samples} validation"
+        )
+    parts = split_bounds(config.split, 1)
+    for name, samples, part in zip(SPLITS, (train_samples, valid_samples), parts, strict=False):
+        if samples and part is None:
             remedy = "Give it a share, for example `969,30,1`, or ask for none of its samples"
             raise DataError(
                 f"the split leaves no {name} data", where="data.split", value=config.split, remedy=remedy
             )
+    request = _request(config, train_samples, valid_samples, seed, tokenizer)
     root = (
         Path(config.data_cache_path)
         if config.data_cache_path
@@ -128,8 +137,8 @@ def build_datasets(
 def order_fingerprint(dataset: Any) -> str:
     """16 hexadecimal digits that change when the samples, or the order in which training sees them, change.
 
-    Covers the contents of mcore's indices (whole up to 1 MiB each, evenly spaced blocks beyond) and of the data, and
-    no path, date or seed: moved data keeps its fingerprint. Works for single datasets and blends.
+    Covers the contents of mcore's indices (whole up to 1 MiB each, evenly spaced blocks beyond) and of the
+    data, and no path, date or seed: moved data keeps its fingerprint. Works for single datasets and blends.
     """
     digest = hashlib.sha256()
     _digest_dataset(digest, dataset)
@@ -154,8 +163,9 @@ def _check_tokenizer(prefix: str, configured: str, identity: dict[str, Any]) -> 
     )
 
 
-def _check_split(index: IndexFile, name: str, begin: int, end: int, config: DataSettings) -> None:
+def _check_split(index: IndexFile, name: str, bounds: tuple[int, int], config: DataSettings) -> None:
     """mcore would repeat the documents of too short a split, and loop for ever over an empty one."""
+    begin, end = bounds
     # Every document has a token at least, so a long enough list of them needs no reading of their lengths.
     tokens = end - begin
     if tokens <= config.seq_length:

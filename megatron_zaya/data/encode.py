@@ -1,7 +1,9 @@
-"""What a worker process does: one chunk of raw text in, one array of token ids out; and the pool that runs it.
+"""What a worker process does: one chunk of raw text in, one array of token ids out; and the pool that runs
+it.
 
-Results come back in the order of the chunks, with a bounded number in flight. An error travels as data in its
-place in that order, so the same error is reported whatever the number of workers. Torch-free: workers start quickly.
+Results come back in the order of the chunks, with a bounded number in flight. An error travels as data in
+its place in that order, so the same error is reported whatever the number of workers. Torch-free: workers
+start quickly.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ class EncodeSettings:
 
 @dataclass
 class Encoded:
-    """The documents of one chunk: `tokens` is all of them in a row, each ended by eod; `lengths` cuts them apart.
+    """The documents of one chunk: `tokens` is all of them in a row, each ended by eod; `lengths` cuts them
+    apart.
 
     `error` holds the fields of a DataError that comes after these documents.
     """

@@ -8,8 +8,9 @@ from typing import Any
 class DataError(ValueError):
     """Input data, or a request for data, that cannot be served as it is.
 
-    `what` says what is wrong in one clause, `where` names the key, the file or the file and line, `value` is what was
-    found there and `remedy` is what the user can do about it. `str()` gives all of them as one short message.
+    `what` says what is wrong in one clause, `where` names the key, the file or the file and line, `value` is
+    what was found there and `remedy` is what the user can do about it. `str()` gives all of them as one
+    short message.
     """
 
     def __init__(self, what: str, *, where: Any = None, value: Any = None, remedy: str | None = None) -> None:

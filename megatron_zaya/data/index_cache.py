@@ -1,10 +1,12 @@
-"""Builds mcore's sample indices (documents, samples, shuffle) once, in one folder per request, whole or not at all.
+"""Builds mcore's sample indices (documents, samples, shuffle) once, in one folder per request, whole or not
+at all.
 
-mcore writes its index files in place, recognises them by name alone, and lets global rank 0 write them. A kill would
-leave half a file that later runs trust, prepared-again data would meet the old indices, and a node-local cache would
-exist on the first node only. So we build into a temporary folder, whose final name is a hash of the data and of
-everything that shapes the order, and rename it. Inside a distributed job this file runs as a program of its own,
-because mcore's builder would wait for the other ranks: `python -m megatron_zaya.data.index_cache < request.json`.
+mcore writes its index files in place, recognises them by name alone, and lets global rank 0 write them. A
+kill would leave half a file that later runs trust, prepared-again data would meet the old indices, and a
+node-local cache would exist on the first node only. So we build into a temporary folder, whose final name is
+a hash of the data and of everything that shapes the order, and rename it. Inside a distributed job this file
+runs as a program of its own, because mcore's builder would wait for the other ranks: `python -m
+megatron_zaya.data.index_cache < request.json`.
 """
 
 from __future__ import annotations
@@ -40,8 +42,8 @@ class TokenizerFacts:
 class IndexRequest:
     """Everything that determines the order of the samples, and what mcore needs to build them.
 
-    `prefixes` are absolute. `weights` is None for a single prefix. A split is built when its samples are not 0.
-    `data` holds `data_identity` of every prefix.
+    `prefixes` are absolute. `weights` is None for a single prefix. A split is built when its samples are not
+    0. `data` holds `data_identity` of every prefix.
     """
 
     prefixes: list[str]
@@ -77,15 +79,20 @@ def open_datasets(request: IndexRequest, folder: Path) -> tuple[Any, Any]:
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
     sizes = [request.train_samples, request.valid_samples, 0]
+    # A prefix named twice in equal parts has one index file, which two threads would write at the same time.
+    threads = (
+        min(BUILDER_THREADS, len(request.prefixes))
+        if len(set(request.prefixes)) == len(request.prefixes)
+        else 1
+    )
     config = GPTDatasetConfig(
         random_seed=request.seed,
         sequence_length=request.seq_length,
         blend=(request.prefixes, request.weights),
         split=request.split,
-        num_dataset_builder_threads=min(BUILDER_THREADS, len(request.prefixes)),
+        num_dataset_builder_threads=threads,
         path_to_cache=str(folder),
         tokenizer=request.tokenizer,
-        # A blend rounds each part up; the default margin of 0.5 % is less than one sample for a small part.
         mid_level_dataset_surplus=0.005 + _rounding_margin(request),
         reset_position_ids=request.reset_position_ids,
         reset_attention_mask=request.reset_attention_mask,
@@ -101,7 +108,8 @@ def open_datasets(request: IndexRequest, folder: Path) -> tuple[Any, Any]:
 
 
 def build_index_cache(request: IndexRequest, folder: Path) -> None:
-    """Build the indices of `request` as `folder`; does nothing if it is there. For one process, outside a job.
+    """Build the indices of `request` as `folder`; does nothing if it is there. For one process, outside a
+    job.
 
     Safe when several processes or nodes build the same folder: the first rename wins, and all build the same.
     Raises DataError when the folder cannot be written.
@@ -136,17 +144,14 @@ def build_index_cache(request: IndexRequest, folder: Path) -> None:
 
 
 def _rounding_margin(request: IndexRequest) -> float:
-    """The share by which each part of a blend is enlarged so that it has at least two samples to spare."""
-    if request.weights is None:
-        return 0.0
-    total = sum(request.weights)
-    smallest = min(
-        samples * weight / total
-        for samples in (request.train_samples, request.valid_samples)
-        for weight in request.weights
-        if samples
-    )
-    return 2.0 / max(smallest, 1.0)
+    """The share by which every part of a blend is enlarged beyond mcore's 0.5 %.
+
+    mcore rounds each of k parts up and blends as many samples as that makes, so that a part with weight w
+    may be asked for w * k samples more than it was built for: more than 0.5 % when there are many parts and
+    few samples.
+    """
+    smallest = min(samples for samples in (request.train_samples, request.valid_samples) if samples)
+    return len(request.prefixes) / smallest
 
 
 @contextlib.contextmanager

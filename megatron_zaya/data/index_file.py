@@ -1,7 +1,9 @@
-"""Reads Megatron's .idx header and our sidecar without torch: what is stored, whether it is whole, which data it is.
+"""Reads Megatron's .idx header and our sidecar without torch: what is stored, whether it is whole, which
+data it is.
 
-Layout of an .idx (little endian): magic, u64 version 1, u8 dtype code, u64 sequences n, u64 document bounds d, then
-int32 lengths [n], int64 byte offsets [n], int64 bounds [d]. Our sidecar `<prefix>.json` names tokenizer and source.
+Layout of an .idx (little endian): magic, u64 version 1, u8 dtype code, u64 sequences n, u64 document bounds
+d, then int32 lengths [n], int64 byte offsets [n], int64 bounds [d]. Our sidecar `<prefix>.json` names
+tokenizer and source.
 """
 
 from __future__ import annotations
@@ -64,8 +66,8 @@ class IndexFile:
 def read_index(prefix: str | Path) -> IndexFile:
     """Read and check the header of `<prefix>.idx` against both file sizes.
 
-    Raises DataError when a file is missing (with the nearest name in the folder), is no Megatron index, holds no
-    sequence, or is cut short.
+    Raises DataError when a file is missing (with the nearest name in the folder), is no Megatron index,
+    holds no sequence, or is cut short.
     """
     prefix = Path(prefix)
     for path in (idx_path(prefix), bin_path(prefix)):
@@ -109,8 +111,8 @@ def read_sidecar(prefix: str | Path) -> dict[str, Any] | None:
 def data_identity(prefix: str | Path) -> str:
     """A hash of the stored data (not of its path or dates), cheap for any size.
 
-    Small files enter whole; of larger ones, the size and evenly spaced blocks. The sidecar's hash of the whole token
-    file enters too, where there is one.
+    Small files enter whole; of larger ones, the size and evenly spaced blocks. The sidecar's hash of the
+    whole token file enters too, where there is one.
     """
     digest = hashlib.sha256()
     for path in (idx_path(prefix), bin_path(prefix)):

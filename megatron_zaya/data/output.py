@@ -1,8 +1,9 @@
 """Writes one `.bin`/`.idx` pair and its sidecar so that nobody ever sees half of it.
 
-Everything goes to hidden temporary names in the target folder, is synced to disk, and is then renamed: sidecar,
-`.bin`, and last `.idx`, without which no reader takes the data for data. When a pair is replaced, its old `.idx`
-goes first. So a kill leaves the old pair, the new pair, or no visible pair; the next run clears what it left.
+Everything goes to hidden temporary names in the target folder, is synced to disk, and is then renamed:
+sidecar, `.bin`, and last `.idx`, without which no reader takes the data for data. When a pair is replaced,
+its old `.idx` goes first. So a kill leaves the old pair, the new pair, or no visible pair; the next run
+clears what it left.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from megatron_zaya.data.index_file import bin_path, idx_path, read_sidecar, side
 class PairWriter:
     """A context manager: `add` documents, then `commit`; leaving without a commit leaves no trace.
 
-    One writer at a time per prefix (an advisory lock on file systems that have them). Raises DataError when the
-    prefix is taken and `overwrite` is false, when another process is writing it, or when the folder is not writable.
+    One writer at a time per prefix (an advisory lock on file systems that have them). Raises DataError when
+    the prefix is taken and `overwrite` is false, when another process is writing it, or when the folder is
+    not writable.
     """
 
     def __init__(self, prefix: Path, dtype: type[np.integer[Any]], *, overwrite: bool = False) -> None:

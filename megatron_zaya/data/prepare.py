@@ -1,7 +1,9 @@
-"""Text to Megatron's `.bin/.idx`: one document per file or JSON line, each ended by the end-of-document token.
+"""Text to Megatron's `.bin/.idx`: one document per file or JSON line, each ended by the end-of-document
+token.
 
-The output depends on the input, the tokenizer and the options alone: not on the number of workers. Memory is bounded
-by a few chunks per worker and the longest document. As a command: `zaya data prepare INPUT... OUTPUT_PREFIX`.
+The output depends on the input, the tokenizer and the options alone: not on the number of workers. Memory is
+bounded by a few chunks per worker and the longest document. As a command: `zaya data prepare INPUT...
+OUTPUT_PREFIX`.
 """
 
 from __future__ import annotations
@@ -71,10 +73,10 @@ def prepare(
 ) -> PrepareReport:
     """Write `<output_prefix>.bin`, `.idx` and the sidecar `.json` from `inputs`.
 
-    `inputs`: text files, folders, `.jsonl` and `.jsonl.gz` files (text under `json_key`), or `python-stdlib`.
-    `suffixes` filters the files of folders, such as `(".txt", ".md")`. `workers`: processes; None chooses by the size
-    of the input, at most 8. `limit_documents` stops after that many. `console` shows progress (default: stderr).
-    Documents without text are skipped and counted.
+    `inputs`: text files, folders, `.jsonl` and `.jsonl.gz` files (text under `json_key`), or
+    `python-stdlib`. `suffixes` filters the files of folders, such as `(".txt", ".md")`. `workers`:
+    processes; None chooses by the size of the input, at most 8. `limit_documents` stops after that many.
+    `console` shows progress (default: stderr). Documents without text are skipped and counted.
 
     Raises DataError for any bad input or output, in which case nothing is written.
     """

@@ -1,8 +1,10 @@
-"""Which rank reads which sample, and when: the order is a function of one cursor, the number of consumed samples.
+"""Which rank reads which sample, and when: the order is a function of one cursor, the number of consumed
+samples.
 
-Sample i of a run is item i of the training dataset. A micro-step takes the next `micro_batch_size` samples for each
-data-parallel rank in turn, as Megatron's pretraining sampler does, so a global batch is one contiguous range whatever
-the number of ranks and the size of the micro-batches, and resuming needs the cursor alone.
+Sample i of a run is item i of the training dataset. A micro-step takes the next `micro_batch_size` samples
+for each data-parallel rank in turn, as Megatron's pretraining sampler does, so a global batch is one
+contiguous range whatever the number of ranks and the size of the micro-batches, and resuming needs the
+cursor alone.
 """
 
 from __future__ import annotations
@@ -19,9 +21,9 @@ from megatron_zaya.data.errors import DataError
 class ResumableSampler(Sampler[list[int]]):
     """A batch sampler: this rank's micro-batches from `consumed_samples` on, as lists of dataset indices.
 
-    It ends before the first micro-step that the dataset cannot fill for all ranks. Every iteration starts anew at
-    `consumed_samples`, which counts the samples of all ranks. Raises DataError for sizes that cannot be, and when no
-    micro-step is left.
+    It ends before the first micro-step that the dataset cannot fill for all ranks. Every iteration starts
+    anew at `consumed_samples`, which counts the samples of all ranks. Raises DataError for sizes that cannot
+    be, and when no micro-step is left.
     """
 
     def __init__(
@@ -67,10 +69,11 @@ class ResumableSampler(Sampler[list[int]]):
 
 
 class ResumableLoader:
-    """Batches of a ResumableSampler, collated; reading beyond the last one raises DataError instead of starting over.
+    """Batches of a ResumableSampler, collated; reading beyond the last one raises DataError instead of
+    starting over.
 
-    The error waits until the missing batch is asked for: worker processes look ahead, and the last batches of a run
-    must not be lost to it.
+    The error waits until the missing batch is asked for: worker processes look ahead, and the last batches
+    of a run must not be lost to it.
     """
 
     def __init__(self, loader: DataLoader[Any], sampler: ResumableSampler) -> None:
@@ -100,8 +103,8 @@ def evaluation_batches(
 ) -> Iterator[dict[str, torch.Tensor]]:
     """This rank's batches of held-out data, for ever: after the last whole one it starts over.
 
-    A new iterator starts at the first sample, so that evaluations of equal length see equal data. Raises DataError
-    when the dataset cannot fill one micro-step.
+    A new iterator starts at the first sample, so that evaluations of equal length see equal data. Raises
+    DataError when the dataset cannot fill one micro-step.
     """
     sampler = ResumableSampler(len(dataset), 0, micro_batch_size, data_parallel_rank, data_parallel_size)
     return _for_ever(_loader(dataset, sampler, num_workers))

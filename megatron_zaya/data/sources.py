@@ -1,7 +1,9 @@
-"""From what the user names to chunks of raw text: files, folders, JSON lines, and the `python-stdlib` source tree.
+"""From what the user names to chunks of raw text: files, folders, JSON lines, and the `python-stdlib` source
+tree.
 
-A chunk is about a megabyte of whole documents; cutting into chunks depends on the input alone, so that any number of
-workers produces the same output. Nothing here decodes text: that is the workers' part (`encode.py`).
+A chunk is about a megabyte of whole documents; cutting into chunks depends on the input alone, so that any
+number of workers produces the same output. Nothing here decodes text: that is the workers' part
+(`encode.py`).
 """
 
 from __future__ import annotations
@@ -46,8 +48,8 @@ class SourceFile:
 class Chunk:
     """Work for one worker: several text files, or a block of whole lines of a JSON-lines file.
 
-    `source_bytes` is its share of the input's size on disk, for the progress bar. `error` holds the fields of a
-    DataError that reading met after these documents; it is raised when its turn comes.
+    `source_bytes` is its share of the input's size on disk, for the progress bar. `error` holds the fields
+    of a DataError that reading met after these documents; it is raised when its turn comes.
     """
 
     source_bytes: int
@@ -61,10 +63,10 @@ class Chunk:
 def find_files(inputs: Sequence[str | os.PathLike[str]], suffixes: Sequence[str] = ()) -> list[SourceFile]:
     """Every file that `inputs` name, in the order in which their documents will be stored.
 
-    Inputs keep the user's order. A folder is searched recursively for files with one of `suffixes` (all, if none is
-    given), hidden names left out, and its files are ordered by a hash of their relative path: deterministic and the
-    same on every machine. Not alphabetical, because Megatron cuts training and validation data as contiguous ranges
-    of documents, and one corner of a tree is a poor sample of it.
+    Inputs keep the user's order. A folder is searched recursively for files with one of `suffixes` (all, if
+    none is given), hidden names left out, and its files are ordered by a hash of their relative path:
+    deterministic and the same on every machine. Not alphabetical, because Megatron cuts training and
+    validation data as contiguous ranges of documents, and one corner of a tree is a poor sample of it.
 
     Raises DataError when an input is missing or a folder holds no matching file.
     """

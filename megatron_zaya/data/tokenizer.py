@@ -1,8 +1,9 @@
 """Tokenizers: the byte-level one that needs no files, and any local Hugging Face tokenizer folder.
 
-Both offer what mcore's GPTDataset reads (`vocab_size`, `eod`, `pad`, `unique_identifiers`) and fast encoding to
-numpy arrays. `unique_identifiers` describes the content, not the path, so a tokenizer folder may move without
-invalidating prepared data. Nothing here imports torch; `tokenizers` is imported when a folder is loaded.
+Both offer what mcore's GPTDataset reads (`vocab_size`, `eod`, `pad`, `unique_identifiers`) and fast encoding
+to numpy arrays. `unique_identifiers` describes the content, not the path, so a tokenizer folder may move
+without invalidating prepared data. Nothing here imports torch; `tokenizers` is imported when a folder is
+loaded.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ NO_PAD = -1
 class Tokenizer(Protocol):
     """What preparing and training need of a tokenizer.
 
-    `vocab_size` is one more than the largest id. `eod` ends every document. `pad` is masked out of the loss by mcore,
-    so it must never occur in text: `NO_PAD` where the tokenizer has none. `unique_identifiers` is a JSON-able
-    description by which mcore keys its index cache and prepared data remembers its tokenizer.
+    `vocab_size` is one more than the largest id. `eod` ends every document. `pad` is masked out of the loss
+    by mcore, so it must never occur in text: `NO_PAD` where the tokenizer has none. `unique_identifiers` is
+    a JSON-able description by which mcore keys its index cache and prepared data remembers its tokenizer.
     """
 
     vocab_size: int
@@ -77,9 +78,9 @@ class ByteTokenizer:
 class HuggingFaceTokenizer:
     """A folder with `tokenizer.json`, through the `tokenizers` library; no network, no code from the folder.
 
-    The end-of-document token is the folder's `eos_token` (tokenizer_config.json, special_tokens_map.json) or its
-    `eos_token_id` (config.json). Special tokens that occur in the text itself are encoded as ordinary text: a
-    document that mentions the end-of-document token must not end there.
+    The end-of-document token is the folder's `eos_token` (tokenizer_config.json, special_tokens_map.json) or
+    its `eos_token_id` (config.json). Special tokens that occur in the text itself are encoded as ordinary
+    text: a document that mentions the end-of-document token must not end there.
 
     Raises DataError when the folder, its tokenizer.json, the end-of-document token or the library is missing.
     """
