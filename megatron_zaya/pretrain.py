@@ -10,6 +10,7 @@ import sys
 
 from ckpt.steps import CheckpointError
 from launch.env import LaunchError, read_rank_env
+from megatron_zaya.compat import quiet_megatron
 from megatron_zaya.config import ConfigError, load_config
 from megatron_zaya.data.errors import DataError
 from megatron_zaya.preconditions import check_run
@@ -25,6 +26,7 @@ def main(argv: list[str]) -> int:
     config = load_config(argv[0], argv[1:])
     check_run(config, env.world_size)
 
+    quiet_megatron()
     # torch and Megatron-Core are imported only now: a mistake in the input is reported in a second.
     from megatron_zaya.train.loop import train
     from megatron_zaya.train.setup import build_callbacks, build_job, distributed_world

@@ -30,24 +30,18 @@ def parse_blend(data_path: Sequence[str]) -> Blend:
     where = "data.data_path"
     example = "Write prefixes (`[a, b]`), or weights and prefixes in turn (`[0.3, a, 0.7, b]`)"
     if not entries or not all(entries):
-        raise DataError(
-            "there is no data prefix, or an empty one", where=where, value=entries, remedy=example
-        )
+        raise DataError("there is no data prefix, or an empty one", where=where, value=entries, remedy=example)
     numbers = [_number(entry) for entry in entries]
     if all(number is None for number in numbers):
         return Blend(tuple(entries), None)
     alternate = all((number is not None) == (i % 2 == 0) for i, number in enumerate(numbers))
     if not alternate or len(entries) % 2:
-        raise DataError(
-            "weights and prefixes do not alternate", where=where, value=" ".join(entries), remedy=example
-        )
+        raise DataError("weights and prefixes do not alternate", where=where, value=" ".join(entries), remedy=example)
     weights = tuple(number for number in numbers if number is not None)
     for weight, prefix in zip(weights, entries[1::2], strict=True):
         if not (math.isfinite(weight) and weight > 0):
             remedy = "Leave the prefix out, or give it a positive share"
-            raise DataError(
-                f"the weight of {prefix} is no positive number", where=where, value=weight, remedy=remedy
-            )
+            raise DataError(f"the weight of {prefix} is no positive number", where=where, value=weight, remedy=remedy)
     return Blend(tuple(entries[1::2]), weights)
 
 

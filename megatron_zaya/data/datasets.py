@@ -70,9 +70,7 @@ def check_data(config: DataSettings) -> None:
     than the one that prepared the data, and a training or validation share that is shorter than one sample.
     """
     if config.seq_length < 1:
-        raise DataError(
-            "the sequence length must be at least 1", where="data.seq_length", value=config.seq_length
-        )
+        raise DataError("the sequence length must be at least 1", where="data.seq_length", value=config.seq_length)
     blend = parse_blend(config.data_path)
     identity = tokenizer_identity(config.tokenizer_model)
     for prefix in blend.prefixes:
@@ -107,30 +105,20 @@ def build_datasets(
     """
     check_data(config)
     if train_samples < 0 or valid_samples < 0 or not train_samples + valid_samples:
-        raise DataError(
-            "no samples are asked for", value=f"{train_samples} training, {valid_samples} validation"
-        )
+        raise DataError("no samples are asked for", value=f"{train_samples} training, {valid_samples} validation")
     parts = split_bounds(config.split, 1)
     for name, samples, part in zip(SPLITS, (train_samples, valid_samples), parts, strict=False):
         if samples and part is None:
             remedy = "Give it a share, for example `969,30,1`, or ask for none of its samples"
-            raise DataError(
-                f"the split leaves no {name} data", where="data.split", value=config.split, remedy=remedy
-            )
+            raise DataError(f"the split leaves no {name} data", where="data.split", value=config.split, remedy=remedy)
     request = _request(config, train_samples, valid_samples, seed, tokenizer)
-    root = (
-        Path(config.data_cache_path)
-        if config.data_cache_path
-        else Path(request.prefixes[0]).parent / CACHE_FOLDER
-    )
+    root = Path(config.data_cache_path) if config.data_cache_path else Path(request.prefixes[0]).parent / CACHE_FOLDER
     folder = root.absolute() / request.folder_name()
     _provide_cache(request, folder, local_rank, group)
     train, valid = open_datasets(request, folder)
     for name, dataset, samples in zip(SPLITS, (train, valid), (train_samples, valid_samples), strict=True):
         if samples and len(dataset) < samples:
-            raise DataError(
-                f"the {name} data hold too few samples", where="data.data_path", value=len(dataset)
-            )
+            raise DataError(f"the {name} data hold too few samples", where="data.data_path", value=len(dataset))
     return Datasets(train, valid)
 
 
@@ -150,11 +138,7 @@ def _check_tokenizer(prefix: str, configured: str, identity: dict[str, Any]) -> 
     if sidecar is None or sidecar.get("tokenizer") == identity:
         return
     prepared = sidecar.get("tokenizer") or {}
-    by = (
-        BYTE
-        if prepared.get("class") == "ByteTokenizer"
-        else f"a {prepared.get('class', 'different tokenizer')}"
-    )
+    by = BYTE if prepared.get("class") == "ByteTokenizer" else f"a {prepared.get('class', 'different tokenizer')}"
     raise DataError(
         f"the data were prepared with another tokenizer ({by}) than the configured one",
         where=f"{prefix}, data.tokenizer_model",
@@ -197,9 +181,7 @@ def _request(
         reset_position_ids=config.reset_position_ids,
         reset_attention_mask=config.reset_attention_mask,
         eod_mask_loss=config.eod_mask_loss,
-        tokenizer=TokenizerFacts(
-            tokenizer.unique_identifiers, tokenizer.vocab_size, tokenizer.eod, tokenizer.pad
-        ),
+        tokenizer=TokenizerFacts(tokenizer.unique_identifiers, tokenizer.vocab_size, tokenizer.eod, tokenizer.pad),
     )
 
 
@@ -255,9 +237,7 @@ def _build_apart(request: IndexRequest, folder: Path) -> DataError | None:
         return DataError.from_fields(json.loads(done.stdout.splitlines()[-1]))
     except (ValueError, IndexError, TypeError):
         last = (done.stderr.strip() or "no message").splitlines()[-1]
-        return DataError(
-            f"building the sample indices failed: {last}", where=folder, value=f"exit {done.returncode}"
-        )
+        return DataError(f"building the sample indices failed: {last}", where=folder, value=f"exit {done.returncode}")
 
 
 def _invisible(folder: Path, rank: int) -> DataError:

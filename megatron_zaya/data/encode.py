@@ -165,9 +165,7 @@ def _json_text(line: bytes, key: str) -> str:
             remedy="Put exactly one JSON object on each line",
         ) from None
     if not isinstance(record, dict):
-        raise DataError(
-            "the line is JSON but no object", value=record, remedy=f'Write it as {{"{key}": "..."}}'
-        )
+        raise DataError("the line is JSON but no object", value=record, remedy=f'Write it as {{"{key}": "..."}}')
     if key not in record:
         remedy = "Name the key that holds the text with the option for the JSON key"
         raise DataError(f"the line has no key {key!r}", value=f"the keys {', '.join(record)}", remedy=remedy)

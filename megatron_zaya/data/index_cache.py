@@ -80,11 +80,7 @@ def open_datasets(request: IndexRequest, folder: Path) -> tuple[Any, Any]:
 
     sizes = [request.train_samples, request.valid_samples, 0]
     # A prefix named twice in equal parts has one index file, which two threads would write at the same time.
-    threads = (
-        min(BUILDER_THREADS, len(request.prefixes))
-        if len(set(request.prefixes)) == len(request.prefixes)
-        else 1
-    )
+    threads = min(BUILDER_THREADS, len(request.prefixes)) if len(set(request.prefixes)) == len(request.prefixes) else 1
     config = GPTDatasetConfig(
         random_seed=request.seed,
         sequence_length=request.seq_length,
@@ -100,9 +96,7 @@ def open_datasets(request: IndexRequest, folder: Path) -> tuple[Any, Any]:
         create_attention_mask=False,
     )
     # mcore builds every split with a share, asked for or not, and loops for ever over one without documents.
-    config.split_matrix = [
-        part if size else None for part, size in zip(config.split_matrix, sizes, strict=True)
-    ]
+    config.split_matrix = [part if size else None for part, size in zip(config.split_matrix, sizes, strict=True)]
     train, valid, _ = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()
     return train, valid
 
@@ -138,9 +132,7 @@ def build_index_cache(request: IndexRequest, folder: Path) -> None:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     if not folder.is_dir():
-        raise DataError(
-            "the index cache could not be put in place", where=folder, remedy="Check the file system"
-        )
+        raise DataError("the index cache could not be put in place", where=folder, remedy="Check the file system")
 
 
 def _rounding_margin(request: IndexRequest) -> float:

@@ -56,11 +56,7 @@ class IndexFile:
         """The int32 token counts of the sequences `first` to `last` (exclusive), mapped from the file."""
         last = self.sequences if last is None else last
         offset = HEADER.size + 4 * first
-        return (
-            np.memmap(idx_path(self.prefix), np.int32, "r", offset, (last - first,))
-            if last > first
-            else np.empty(0)
-        )
+        return np.memmap(idx_path(self.prefix), np.int32, "r", offset, (last - first,)) if last > first else np.empty(0)
 
 
 def read_index(prefix: str | Path) -> IndexFile:
@@ -79,9 +75,7 @@ def read_index(prefix: str | Path) -> IndexFile:
             raise _damaged(prefix, "this is no Megatron index file", head[:9])
         _, version, code, sequences, bounds = HEADER.unpack(head)
         if version != 1 or code not in ITEM_BYTES:
-            raise _damaged(
-                prefix, "the index has an unknown version or type", f"version {version}, type {code}"
-            )
+            raise _damaged(prefix, "the index has an unknown version or type", f"version {version}, type {code}")
         size = stream.seek(0, 2)
         expected = HEADER.size + 12 * sequences + 8 * bounds
         if size not in (expected, expected + sequences):  # multimodal data adds a byte per sequence

@@ -154,9 +154,7 @@ def _checked_prefix(output_prefix: str | os.PathLike[str]) -> Path:
     prefix = Path(output_prefix)
     if prefix.suffix in (".bin", ".idx"):
         remedy = f"Give the prefix without its ending: {prefix.with_suffix('')}"
-        raise DataError(
-            "the output is a prefix, to which .bin and .idx are added", where=prefix, remedy=remedy
-        )
+        raise DataError("the output is a prefix, to which .bin and .idx are added", where=prefix, remedy=remedy)
     if not prefix.name or prefix.is_dir():
         remedy = f"Name the data inside it, for example {prefix / 'corpus'}"
         raise DataError("the output prefix is a folder", where=prefix, remedy=remedy)
@@ -202,9 +200,7 @@ def _progress(console: Console | None, total_bytes: int) -> Iterator[_Progress]:
             task = bar.add_task("tokenizing", total=total_bytes)
 
             def advance(source_bytes: int, documents: int, tokens: int) -> None:
-                bar.update(
-                    task, advance=source_bytes, description=f"{documents:,} documents, {tokens:,} tokens"
-                )
+                bar.update(task, advance=source_bytes, description=f"{documents:,} documents, {tokens:,} tokens")
 
             yield advance
         return

@@ -82,9 +82,7 @@ def find_files(inputs: Sequence[str | os.PathLike[str]], suffixes: Sequence[str]
         else:
             raise DataError("there is no such input file or folder", where=path, remedy=_did_you_mean(path))
     if not files:
-        raise DataError(
-            "no input is named", remedy="Name text files, folders, .jsonl files, or `python-stdlib`"
-        )
+        raise DataError("no input is named", remedy="Name text files, folders, .jsonl files, or `python-stdlib`")
     return files
 
 
@@ -124,9 +122,7 @@ def _line_chunks(file: SourceFile) -> Iterator[Chunk]:
                 if block_bytes >= CHUNK_BYTES:
                     position = raw.tell()
                     lines = b"".join(block)
-                    yield Chunk(
-                        position - source_position, lines=lines, lines_path=file.path, first_line=first
-                    )
+                    yield Chunk(position - source_position, lines=lines, lines_path=file.path, first_line=first)
                     first, block, block_bytes, source_position = number, [], 0, position
     except (OSError, EOFError, zlib.error) as error:
         problem = DataError(
@@ -149,21 +145,13 @@ def _folder_files(folder: Path, suffixes: Sequence[str], skip: Sequence[str] = (
         folders[:] = [n for n in folders if not n.startswith(".") and n not in skip and n != "__pycache__"]
         for name in names:
             path = Path(parent, name)
-            if (
-                name.startswith(".")
-                or (suffixes and not name.endswith(tuple(suffixes)))
-                or not path.is_file()
-            ):
+            if name.startswith(".") or (suffixes and not name.endswith(tuple(suffixes))) or not path.is_file():
                 continue
-            key = hashlib.sha256(
-                path.relative_to(folder).as_posix().encode("utf-8", "surrogateescape")
-            ).digest()
+            key = hashlib.sha256(path.relative_to(folder).as_posix().encode("utf-8", "surrogateescape")).digest()
             found.append((key, SourceFile(path, path.stat().st_size, named=False)))
     if not found:
         wanted = f"no file ending in {' or '.join(suffixes)}" if suffixes else "no file"
-        raise DataError(
-            f"the folder holds {wanted}", where=folder, remedy="Check the folder and the suffix filter"
-        )
+        raise DataError(f"the folder holds {wanted}", where=folder, remedy="Check the folder and the suffix filter")
     return [file for _, file in sorted(found, key=lambda item: item[0])]
 
 

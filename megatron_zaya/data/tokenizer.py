@@ -208,9 +208,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise DataError(
-            f"this is not valid JSON: {error}", where=path, remedy="Repair or remove the file"
-        ) from error
+        raise DataError(f"this is not valid JSON: {error}", where=path, remedy="Repair or remove the file") from error
     return content if isinstance(content, dict) else {}
 
 

@@ -6,6 +6,8 @@ import signal
 import time
 from collections.abc import Sequence
 
+import torch
+
 from megatron_zaya.telemetry.events import RunEnded, RunStarted, StepDone
 from megatron_zaya.train.callbacks.base import Callback
 from megatron_zaya.train.state import TrainingJob
@@ -43,7 +45,7 @@ def train(job: TrainingJob, callbacks: Sequence[Callback]) -> str:
         RunStarted(
             iteration=job.state.iteration,
             train_iters=train_iters,
-            world_size=job.env.world_size,
+            world_size=torch.distributed.get_world_size(),
             data_parallel_size=job.data_parallel_size,
             parameters=total,
             parameters_active=active,

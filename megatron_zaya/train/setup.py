@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -19,7 +20,6 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from ckpt.mcore import Checkpointer
-from launch.env import RankEnv
 from megatron_zaya.compat import cpu
 from megatron_zaya.config import RunConfig, dump_config
 from megatron_zaya.data.datasets import Datasets, build_datasets, order_fingerprint
@@ -39,6 +39,9 @@ from megatron_zaya.train.callbacks.checkpoint import SaveCheckpoints
 from megatron_zaya.train.callbacks.evaluate import Evaluate
 from megatron_zaya.train.checkpoint import load_job
 from megatron_zaya.train.state import TrainingJob, TrainState
+
+if TYPE_CHECKING:
+    from launch.env import RankEnv
 
 
 @contextlib.contextmanager
@@ -195,7 +198,6 @@ def build_job(config: RunConfig, env: RankEnv, device: torch.device) -> Training
     datasets = _build_data(config, env)
     job = TrainingJob(
         config=config,
-        env=env,
         device=device,
         pg_collection=pg_collection,
         model=model,

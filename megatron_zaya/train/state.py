@@ -12,7 +12,6 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from launch.env import RankEnv
 from megatron_zaya.config import RunConfig
 from megatron_zaya.telemetry.events import EventStream
 
@@ -32,7 +31,6 @@ class TrainingJob:
     """One rank's view of the run."""
 
     config: RunConfig
-    env: RankEnv
     device: torch.device
     pg_collection: ProcessGroupCollection
     model: list[DistributedDataParallel]

@@ -30,9 +30,7 @@ class Settings:
 def write_texts(folder: Path, count: int, words: str = "text") -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(count):
-        (folder / f"{i:03d}.txt").write_text(
-            f"{words} number {i}: " + "äöü €𝄞\r\n" * (1 + i % 7), encoding="utf-8"
-        )
+        (folder / f"{i:03d}.txt").write_text(f"{words} number {i}: " + "äöü €𝄞\r\n" * (1 + i % 7), encoding="utf-8")
     return folder
 
 

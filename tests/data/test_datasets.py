@@ -131,9 +131,7 @@ def test_fingerprint_follows_the_order_alone(corpus: Path, second: Path, tmp_pat
     base = order_fingerprint(build(config).train)
     moved = copied(corpus, tmp_path / "moved")
     assert len(base) == 16
-    assert base == order_fingerprint(
-        build(replace(config, data_path=[str(moved)], data_cache_path=None)).train
-    )
+    assert base == order_fingerprint(build(replace(config, data_path=[str(moved)], data_cache_path=None)).train)
     assert base == order_fingerprint(build(replace(config, eod_mask_loss=True)).train)
     blend = replace(config, data_path=["1", str(corpus), "1", str(second)])
     others = [
@@ -206,9 +204,7 @@ def test_two_ranks_read_what_one_built(corpus: Path, second: Path, tmp_path: Pat
     # Rank 0 finds a ready cache on its "node", rank 1 none on its own.
     (tmp_path / "nodes").mkdir()
     shutil.copytree(tmp_path / "cache", tmp_path / "nodes" / "0")
-    nodes = two_ranks(
-        replace(config, data_cache_path=str(tmp_path / "nodes")), tmp_path / "local", local=True
-    )
+    nodes = two_ranks(replace(config, data_cache_path=str(tmp_path / "nodes")), tmp_path / "local", local=True)
     assert [result[1:] for result in nodes] == [expected, expected]
 
 

@@ -1,0 +1,108 @@
+"""The `zaya` command line. Every command checks its input first and answers a mistake with one message.
+
+Exit status: 0 done, 2 the input cannot work, anything else is that of the job. Torch is imported by no command before
+its input has been checked.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ckpt.steps import CheckpointError
+from launch.env import LaunchError
+from megatron_zaya.config import ConfigError, dump_config, json_schema, load_config
+from megatron_zaya.data.errors import DataError
+
+USER_ERRORS = (ConfigError, DataError, CheckpointError, LaunchError)
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+config_app = typer.Typer(no_args_is_help=True, help="Run files: schema, resolved values.")
+data_app = typer.Typer(no_args_is_help=True, help="Tokenised text.")
+app.add_typer(config_app, name="config")
+app.add_typer(data_app, name="data")
+
+RunFile = Annotated[Path, typer.Argument(help="Run file (YAML).")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, applied in order.")]
+
+
+@app.command()
+def train(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    nproc: Annotated[int, typer.Option("--nproc", min=1, help="Ranks on this machine, one per accelerator.")] = 1,
+) -> None:
+    """Train on this machine: check the run, then start its ranks with torchrun."""
+    from launch.local import run_ranks
+    from megatron_zaya.preconditions import check_run
+
+    check_run(load_config(run_file, overrides or ()), nproc)
+    raise typer.Exit(run_ranks(run_file, overrides or [], nproc))
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine and environment can do, and what follows from it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from megatron_zaya.compat.capabilities import detect
+
+    table = Table("what", "", "found", "consequence")
+    for row in detect():
+        table.add_row(row.name, "yes" if row.available else "no", row.detail, row.consequence)
+    Console().print(table)
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """Print the JSON Schema of a run file."""
+    print(json.dumps(json_schema(), indent=2))
+
+
+@config_app.command("show")
+def config_show(run_file: RunFile, overrides: Overrides = None) -> None:
+    """Print the resolved run file: every default and override filled in."""
+    print(dump_config(load_config(run_file, overrides or ())), end="")
+
+
+@data_app.command("prepare")
+def data_prepare(
+    inputs: Annotated[
+        list[str],
+        typer.Argument(help="Text files, folders, .jsonl or .jsonl.gz; python-stdlib is Python's own source."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Prefix of the .bin/.idx pair to write.")],
+    tokenizer: Annotated[str, typer.Option(help='"byte", or a folder with a tokenizer.json.')] = "byte",
+    suffix: Annotated[list[str] | None, typer.Option(help="Take only files that end so; may be repeated.")] = None,
+    json_key: Annotated[str, typer.Option(help="Field of a .jsonl line that holds the text.")] = "text",
+    workers: Annotated[int | None, typer.Option(min=1, help="Encoding processes; default: one per CPU.")] = None,
+    limit_documents: Annotated[int | None, typer.Option(min=1, help="Stop after this many documents.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing pair.")] = False,
+) -> None:
+    """Turn text into Megatron's .bin/.idx format, one document per file or line."""
+    from megatron_zaya.data.prepare import prepare
+
+    report = prepare(
+        inputs,
+        output,
+        tokenizer,
+        suffixes=suffix or (),
+        json_key=json_key,
+        workers=workers,
+        limit_documents=limit_documents,
+        overwrite=overwrite,
+    )
+    print(report.summary())
+
+
+def main() -> None:
+    """Run the command line; a user's mistake becomes one message and exit status 2."""
+    try:
+        app()
+    except USER_ERRORS as error:
+        typer.echo(f"zaya: {error}", err=True)
+        raise SystemExit(2) from None
