@@ -19,9 +19,11 @@ setup(
     # torch comes with the platform (the ROCm image brings its own build): it is never pinned here.
     install_requires=[
         "megatron-core>=0.16.1,<0.20",
+        "einops>=0.7",  # imported by megatron-core, which does not ask for it
         "jinja2>=3.1",
         "networkx>=3.2",
         "numpy>=1.26",
+        "psutil>=5.9",  # likewise: without it a checkpoint writer dies and its rank waits for ever
         "pydantic>=2.7",
         "pyyaml>=6.0",
         "rich>=13.7",

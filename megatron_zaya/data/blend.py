@@ -46,8 +46,7 @@ def parse_blend(data_path: Sequence[str]) -> Blend:
 
 
 def split_bounds(split: str, sequences: int) -> list[tuple[int, int] | None]:
-    """The half-open ranges of the documents of training, validation and test data, exactly as mcore cuts
-    them.
+    """The half-open document ranges of training, validation and test data, exactly as mcore cuts them.
 
     None for a split without a share. Raises DataError when `split` is not one to three shares of which one is
     positive.

@@ -1,5 +1,4 @@
-"""Train and validation datasets for a run, over mcore's GPTDataset and its blends; and the checks before
-them.
+"""Train and validation datasets for a run, over mcore's GPTDataset and its blends; and their checks.
 
 `check_data` reads headers only and imports no torch: it is what a command runs first. `build_datasets` is
 called by every rank; one process per file system builds the sample indices (`index_cache.py`), the others
@@ -11,18 +10,25 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from megatron_zaya.data.blend import Blend, parse_blend, split_bounds
 from megatron_zaya.data.errors import DataError
-from megatron_zaya.data.index_cache import IndexRequest, TokenizerFacts, build_index_cache, open_datasets
+from megatron_zaya.data.index_cache import (
+    FAILED,
+    IndexRequest,
+    TokenizerFacts,
+    build_index_cache,
+    open_datasets,
+)
 from megatron_zaya.data.index_file import (
     BLOCK_BYTES,
     IndexFile,
@@ -31,14 +37,16 @@ from megatron_zaya.data.index_file import (
     read_sidecar,
     sampled_offsets,
 )
-from megatron_zaya.data.tokenizer import BYTE, Tokenizer, load_tokenizer, tokenizer_identity
+from megatron_zaya.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_identity
 
 CACHE_FOLDER = ".index_cache"
 SPLITS = ("training", "validation")
 
+T = TypeVar("T")
+
 
 class DataSettings(Protocol):
-    """The part of the run's configuration that describes its data; see `config` for the meaning of each field."""
+    """The part of the run's configuration that describes its data; `config` has each field's meaning."""
 
     data_path: list[str]
     split: str
@@ -52,8 +60,7 @@ class DataSettings(Protocol):
 
 @dataclass(frozen=True)
 class Datasets:
-    """mcore datasets whose items hold `tokens`, `labels`, `loss_mask` and `position_ids`, each
-    `[seq_length]`.
+    """mcore datasets; items hold `tokens`, `labels`, `loss_mask`, `position_ids`, each `[seq_length]`.
 
     `loss_mask` is float32, the rest int64. A blend's items also have `dataset_id`. None where 0 samples were
     asked.
@@ -91,28 +98,20 @@ def build_datasets(
     local_rank: int | None = None,
     group: Any = None,
 ) -> Datasets:
-    """The datasets of a run, with at least as many samples as asked (documents repeat in epochs when they
-    must).
+    """The datasets of a run, with at least as many samples as asked; documents repeat when they must.
 
-    In a distributed job every rank calls it and all return together: the lowest rank of `group` (default:
+    In a distributed job every rank of the world calls it and all return together: rank 0 of `group` (default:
     the world) builds the sample indices. Where the cache is on a disk of each node's own, pass `local_rank`,
-    so that local rank 0 builds what its node does not see. Without torch.distributed this process builds.
-    The indices are cached beside the first prefix, or under `data_cache_path`. Several prefixes without
-    weights are mixed by their token counts.
+    so that local rank 0 builds what its node does not see. Without torch.distributed this process builds. The
+    indices are cached beside the first prefix, or under `data_cache_path`. Several prefixes without weights
+    are mixed by their token counts.
 
-    Raises DataError as `check_data` does, and on every rank if the indices cannot be built or are not
-    visible.
+    Raises DataError as `check_data` does, and when the indices cannot be built or are not visible; what fails
+    on one rank is raised on all.
     """
-    check_data(config)
-    if train_samples < 0 or valid_samples < 0 or not train_samples + valid_samples:
-        raise DataError("no samples are asked for", value=f"{train_samples} training, {valid_samples} validation")
-    parts = split_bounds(config.split, 1)
-    for name, samples, part in zip(SPLITS, (train_samples, valid_samples), parts, strict=False):
-        if samples and part is None:
-            remedy = "Give it a share, for example `969,30,1`, or ask for none of its samples"
-            raise DataError(f"the split leaves no {name} data", where="data.split", value=config.split, remedy=remedy)
-    request = _request(config, train_samples, valid_samples, seed, tokenizer)
-    root = Path(config.data_cache_path) if config.data_cache_path else Path(request.prefixes[0]).parent / CACHE_FOLDER
+    request = _agree(lambda: _request(config, train_samples, valid_samples, seed, tokenizer), group)
+    data_folder = Path(request.prefixes[0]).parent
+    root = Path(config.data_cache_path) if config.data_cache_path else data_folder / CACHE_FOLDER
     folder = root.absolute() / request.folder_name()
     _provide_cache(request, folder, local_rank, group)
     train, valid = open_datasets(request, folder)
@@ -137,13 +136,12 @@ def _check_tokenizer(prefix: str, configured: str, identity: dict[str, Any]) -> 
     sidecar = read_sidecar(prefix)
     if sidecar is None or sidecar.get("tokenizer") == identity:
         return
-    prepared = sidecar.get("tokenizer") or {}
-    by = BYTE if prepared.get("class") == "ByteTokenizer" else f"a {prepared.get('class', 'different tokenizer')}"
+    by = sidecar.get("tokenizer_name", "the tokenizer of the data")
     raise DataError(
         f"the data were prepared with another tokenizer ({by}) than the configured one",
         where=f"{prefix}, data.tokenizer_model",
         value=configured,
-        remedy="Set data.tokenizer_model to the tokenizer of the data, or prepare the data again with this one",
+        remedy=f"Set data.tokenizer_model to {by}, or prepare the data again with this one",
     )
 
 
@@ -166,6 +164,16 @@ def _check_split(index: IndexFile, name: str, bounds: tuple[int, int], config: D
 def _request(
     config: DataSettings, train_samples: int, valid_samples: int, seed: int, tokenizer: Tokenizer | None
 ) -> IndexRequest:
+    """What to build, once `config` is checked against the data and the sample counts."""
+    check_data(config)
+    if train_samples < 0 or valid_samples < 0 or not train_samples + valid_samples:
+        counts = f"{train_samples} training, {valid_samples} validation"
+        raise DataError("no samples are asked for", value=counts)
+    parts = split_bounds(config.split, 1)
+    for name, samples, part in zip(SPLITS, (train_samples, valid_samples), parts, strict=False):
+        if samples and part is None:
+            remedy = "Give it a share, for example `969,30,1`, or ask for none of its samples"
+            raise DataError(f"the split leaves no {name} data", where="data.split", value=config.split, remedy=remedy)
     tokenizer = load_tokenizer(config.tokenizer_model) if tokenizer is None else tokenizer
     blend = parse_blend(config.data_path)
     prefixes = [str(Path(prefix).absolute()) for prefix in blend.prefixes]
@@ -190,12 +198,12 @@ def _weights(blend: Blend) -> list[float] | None:
         return None
     if blend.weights is not None:
         return list(blend.weights)
-    # mcore would pass once over several prefixes without weights, and repeat a single one; we repeat in both cases.
+    # mcore passes once over several prefixes without weights, but repeats a single one; we repeat both.
     return [float(read_index(prefix).tokens) for prefix in blend.prefixes]
 
 
 def _provide_cache(request: IndexRequest, folder: Path, local_rank: int | None, group: Any) -> None:
-    """Return on every rank once `folder` is complete and visible there; raise the same DataError on all otherwise."""
+    """Return on every rank once `folder` is complete and visible there; raise on every rank otherwise."""
     import torch.distributed as dist
 
     if not dist.is_initialized():
@@ -205,47 +213,70 @@ def _provide_cache(request: IndexRequest, folder: Path, local_rank: int | None, 
     _agree(lambda: _build_apart(request, folder) if rank == 0 else None, group)
     # A node with a disk of its own does not see what rank 0 built.
     _agree(lambda: _build_apart(request, folder) if local_rank == 0 else None, group)
-    _agree(lambda: None if folder.is_dir() else _invisible(folder, rank), group)
+    _agree(lambda: _check_visible(folder), group)
 
 
-def _agree(action: Callable[[], DataError | None], group: Any) -> None:
-    """Run `action` on this rank, wait for all, and raise the first error that any rank met."""
+def _agree(action: Callable[[], T], group: Any) -> T:
+    """Run `action` on every rank and wait for all; its result, which all ranks must share.
+
+    An error on one rank is raised on all: a rank that stopped alone would leave the others waiting for it.
+    """
     import torch.distributed as dist
 
+    if not dist.is_initialized():
+        return action()
+    result, error = None, None
     try:
-        error = action()
-    except Exception as problem:  # a rank that left early would leave the others waiting
-        error = DataError(f"building the sample indices failed: {problem!r}")
-    errors: list[dict[str, Any] | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(errors, None if error is None else error.fields(), group=group)
-    for fields in errors:
+        result = action()
+    except Exception as problem:
+        error = problem
+    fields = None
+    if error is not None:
+        shared = error if isinstance(error, DataError) else DataError(f"reading the data failed: {error!r}")
+        fields = {
+            **shared.fields(),
+            "what": f"{shared.what} [rank {dist.get_rank(group)}, {socket.gethostname()}]",
+        }
+    outcomes: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(outcomes, (fields, result), group=group)
+    if error is not None and not isinstance(error, DataError):
+        raise error
+    for fields, _ in outcomes:
         if fields is not None:
             raise DataError.from_fields(fields)
+    for rank, (_, other) in enumerate(outcomes):
+        if other != outcomes[0][1]:
+            raise DataError(
+                f"rank {rank} and rank 0 see different data or ask for different samples",
+                where="data.data_path",
+                remedy="Give every node the same files and every rank the same configuration",
+            )
+    return result
 
 
-def _build_apart(request: IndexRequest, folder: Path) -> DataError | None:
-    """Build the cache in a process outside the job; the error, if it failed."""
+def _build_apart(request: IndexRequest, folder: Path) -> None:
+    """Build the cache in a process outside the job. Raises DataError when that fails."""
     if folder.is_dir():
-        return None
+        return
     order = json.dumps({"folder": str(folder), "request": asdict(request)})
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     command = [sys.executable, "-m", "megatron_zaya.data.index_cache"]
     done = subprocess.run(command, input=order, capture_output=True, text=True, env=environment, check=False)
     if done.returncode == 0:
-        return None
-    try:
-        return DataError.from_fields(json.loads(done.stdout.splitlines()[-1]))
-    except (ValueError, IndexError, TypeError):
-        last = (done.stderr.strip() or "no message").splitlines()[-1]
-        return DataError(f"building the sample indices failed: {last}", where=folder, value=f"exit {done.returncode}")
+        return
+    if done.returncode == FAILED:
+        raise DataError.from_fields(json.loads(done.stdout.splitlines()[-1]))
+    last = (done.stderr.strip() or "no message").splitlines()[-1]
+    raise DataError(f"building the sample indices failed: {last}", where=folder, value=f"exit {done.returncode}")
 
 
-def _invisible(folder: Path, rank: int) -> DataError:
-    return DataError(
-        f"rank {rank} does not see the sample indices that another process built",
-        where=folder,
-        remedy="Set data.data_cache_path to a folder that all nodes share, or pass every rank its local rank",
-    )
+def _check_visible(folder: Path) -> None:
+    if not folder.is_dir():
+        raise DataError(
+            "the sample indices that another process built are not visible here",
+            where=folder,
+            remedy="Set data.data_cache_path to a folder that all nodes share",
+        )
 
 
 def _digest_dataset(digest: Any, dataset: Any) -> None:

@@ -1,5 +1,4 @@
-"""What a worker process does: one chunk of raw text in, one array of token ids out; and the pool that runs
-it.
+"""What a worker process does (a chunk of raw text in, token ids out), and the pool that runs it.
 
 Results come back in the order of the chunks, with a bounded number in flight. An error travels as data in
 its place in that order, so the same error is reported whatever the number of workers. Torch-free: workers
@@ -41,8 +40,7 @@ class EncodeSettings:
 
 @dataclass
 class Encoded:
-    """The documents of one chunk: `tokens` is all of them in a row, each ended by eod; `lengths` cuts them
-    apart.
+    """The documents of one chunk: `tokens` is all in a row, each ended by eod; `lengths` cuts them apart.
 
     `error` holds the fields of a DataError that comes after these documents.
     """
@@ -83,8 +81,8 @@ def encode_all(chunks: Iterable[Chunk], settings: EncodeSettings, workers: int) 
         raise DataError(
             "a worker process died while encoding",
             value=f"{workers} workers",
-            remedy="It may have run out of memory, or the calling script lacks an `if __name__ == '__main__':` "
-            "guard; try again with fewer workers",
+            remedy="Try fewer workers if memory ran out; a script that calls this needs an "
+            "`if __name__ == '__main__':` guard",
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -98,18 +96,18 @@ def encode_chunk(chunk: Chunk, tokenizer: Tokenizer, settings: EncodeSettings) -
     else:
         texts = _file_texts(chunk.files, result)
     if texts:
-        eod = np.array([tokenizer.eod])
+        eod = np.array([tokenizer.eod], settings.dtype)
         pieces: list[np.ndarray] = []
         for ids in tokenizer.encode_batch(texts):
-            pieces += (ids, eod)
+            pieces += (ids.astype(settings.dtype, copy=False), eod)
             result.lengths.append(len(ids) + 1)
-        result.tokens = np.concatenate(pieces).astype(settings.dtype)
+        result.tokens = np.concatenate(pieces)
     result.error = result.error or chunk.error
     return result
 
 
 def _file_texts(files: Iterable[SourceFile], result: Encoded) -> list[str]:
-    """The text of each file, newlines as they are. Files that are no UTF-8 are skipped unless the user named them."""
+    """The text of each file, newlines as they are; what is no UTF-8 is skipped unless the user named it."""
     texts: list[str] = []
     for file in files:
         try:
@@ -186,7 +184,7 @@ _worker: tuple[Tokenizer, EncodeSettings] | None = None  # one per worker proces
 def _start_worker(settings: EncodeSettings) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent alone answers Ctrl-C, by ending the pool
-    # The processes are the parallelism; the library's own threads on top of them would only fight for the cores.
+    # The processes are the parallelism; the library's own threads would only fight them for the cores.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     _worker = (load_tokenizer(settings.tokenizer), settings)

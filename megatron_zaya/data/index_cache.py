@@ -1,5 +1,4 @@
-"""Builds mcore's sample indices (documents, samples, shuffle) once, in one folder per request, whole or not
-at all.
+"""Builds mcore's sample indices once, in one folder per request, whole or not at all.
 
 mcore writes its index files in place, recognises them by name alone, and lets global rank 0 write them. A
 kill would leave half a file that later runs trust, prepared-again data would meet the old indices, and a
@@ -26,6 +25,7 @@ from typing import Any
 from megatron_zaya.data.errors import DataError
 
 BUILDER_THREADS = 8
+FAILED = 2
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,7 @@ def open_datasets(request: IndexRequest, folder: Path) -> tuple[Any, Any]:
 
 
 def build_index_cache(request: IndexRequest, folder: Path) -> None:
-    """Build the indices of `request` as `folder`; does nothing if it is there. For one process, outside a
-    job.
+    """Build the indices of `request` as `folder`, unless it is there. For one process, outside a job.
 
     Safe when several processes or nodes build the same folder: the first rename wins, and all build the same.
     Raises DataError when the folder cannot be written.
@@ -148,7 +147,7 @@ def _rounding_margin(request: IndexRequest) -> float:
 
 @contextlib.contextmanager
 def _group_of_one() -> Iterator[None]:
-    """A process group of this process alone: mcore 0.16 asks for the rank before it writes a blend's index."""
+    """A process group of this process alone: mcore 0.16 asks for the rank before writing a blend's index."""
     import torch.distributed as dist
 
     assert not dist.is_initialized(), "the index cache is built outside a distributed job"
@@ -168,13 +167,13 @@ def _remove_leftovers(parent: Path) -> None:
 
 
 def main() -> int:
-    """Read `{"folder": ..., "request": ...}` from standard input, build, and print the error's fields if any."""
+    """Read `{"folder": ..., "request": ...}` from standard input, build, print the error's fields if any."""
     order = json.loads(sys.stdin.read())
     try:
         build_index_cache(IndexRequest.from_json(json.dumps(order["request"])), Path(order["folder"]))
     except DataError as error:
         print(json.dumps(error.fields()))
-        return 2
+        return FAILED
     return 0
 
 

@@ -1,5 +1,4 @@
-"""Reads Megatron's .idx header and our sidecar without torch: what is stored, whether it is whole, which
-data it is.
+"""Reads Megatron's .idx and our sidecar without torch: what is stored, is it whole, which data is it.
 
 Layout of an .idx (little endian): magic, u64 version 1, u8 dtype code, u64 sequences n, u64 document bounds
 d, then int32 lengths [n], int64 byte offsets [n], int64 bounds [d]. Our sidecar `<prefix>.json` names
@@ -121,7 +120,7 @@ def data_identity(prefix: str | Path) -> str:
 
 
 def sampled_offsets(size_bytes: int) -> list[int]:
-    """Where to read blocks of `BLOCK_BYTES` so that small content is covered whole and large content evenly."""
+    """Where to read blocks of `BLOCK_BYTES`: they cover small content whole and large content evenly."""
     if size_bytes <= SAMPLED_BLOCKS * BLOCK_BYTES:
         return list(range(0, size_bytes, BLOCK_BYTES))
     last = size_bytes - BLOCK_BYTES

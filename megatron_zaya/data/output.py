@@ -63,7 +63,7 @@ class PairWriter:
         return self
 
     def add(self, tokens: np.ndarray, lengths: list[int]) -> None:
-        """Append documents: `tokens` `[sum(lengths)]` of the writer's dtype, one document per entry of `lengths`."""
+        """Append `len(lengths)` documents: `tokens` `[sum(lengths)]`, of the writer's dtype."""
         if lengths and max(lengths) > np.iinfo(np.int32).max:
             raise DataError("a document has more tokens than an index can hold", value=max(lengths), remedy="Cut it up")
         self._digest.update(tokens)

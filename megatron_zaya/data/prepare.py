@@ -1,5 +1,4 @@
-"""Text to Megatron's `.bin/.idx`: one document per file or JSON line, each ended by the end-of-document
-token.
+"""Text to Megatron's `.bin/.idx`: one document per file or JSON line, each ended by the eod token.
 
 The output depends on the input, the tokenizer and the options alone: not on the number of workers. Memory is
 bounded by a few chunks per worker and the longest document. As a command: `zaya data prepare INPUT...
@@ -35,7 +34,7 @@ LINE_EVERY_S = 10.0
 
 @dataclass(frozen=True)
 class PrepareReport:
-    """What `prepare` wrote and what it left out. `undecodable` lists files of folders that are no UTF-8 text."""
+    """What `prepare` wrote and what it left out. `undecodable` lists the folders' files that are no UTF-8."""
 
     prefix: Path
     documents: int
@@ -176,6 +175,7 @@ def _sidecar(tokenizer: Tokenizer, settings: EncodeSettings, source: dict[str, A
     return {
         "format": SIDECAR_FORMAT,
         "tokenizer": tokenizer.unique_identifiers,
+        "tokenizer_name": settings.tokenizer,
         "vocab_size": tokenizer.vocab_size,
         "eod": tokenizer.eod,
         "dtype": settings.dtype,
@@ -212,7 +212,7 @@ def _progress(console: Console | None, total_bytes: int) -> Iterator[_Progress]:
         if time.monotonic() >= next_line:
             next_line = time.monotonic() + LINE_EVERY_S
             share = 100 * done / max(total_bytes, 1)
-            line = f"tokenizing: {share:.0f} % of {total_bytes:,} bytes, {documents:,} documents, {tokens:,} tokens"
+            line = f"tokenizing: {share:.0f} %, {documents:,} documents, {tokens:,} tokens"
             console.print(line, highlight=False, soft_wrap=True)
 
     yield say

@@ -1,5 +1,4 @@
-"""Which rank reads which sample, and when: the order is a function of one cursor, the number of consumed
-samples.
+"""Which rank reads which sample, and when: a function of one cursor, the number of consumed samples.
 
 Sample i of a run is item i of the training dataset. A micro-step takes the next `micro_batch_size` samples
 for each data-parallel rank in turn, as Megatron's pretraining sampler does, so a global batch is one
@@ -64,13 +63,12 @@ class ResumableSampler(Sampler[list[int]]):
             "the training samples are used up",
             value=f"{self.total_samples} samples, {self.consumed_samples} consumed before this start, "
             f"{self.step_samples} per micro-step",
-            remedy="Build the dataset for as many samples as the whole run trains on (steps x global batch size)",
+            remedy="Build the dataset for all samples the run trains on (steps x global batch size)",
         )
 
 
 class ResumableLoader:
-    """Batches of a ResumableSampler, collated; reading beyond the last one raises DataError instead of
-    starting over.
+    """Batches of a ResumableSampler, collated; reading beyond the last one raises DataError.
 
     The error waits until the missing batch is asked for: worker processes look ahead, and the last batches
     of a run must not be lost to it.
@@ -90,7 +88,7 @@ class ResumableLoader:
 
 
 def build_dataloader(dataset: Any, sampler: ResumableSampler, num_workers: int = 0) -> ResumableLoader:
-    """Batches `{name: [micro_batch_size, seq_length]}` in the sampler's order, read by `num_workers` processes."""
+    """Batches `{name: [micro_batch_size, seq_length]}` in the sampler's order, read by `num_workers`."""
     return ResumableLoader(_loader(dataset, sampler, num_workers), sampler)
 
 
@@ -122,7 +120,7 @@ def _loader(dataset: Any, sampler: ResumableSampler, num_workers: int) -> DataLo
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=num_workers > 0,
-        # Without one of its own a loader draws from the global generator at every start, so that a resumed run
+        # Without a generator of its own a loader draws from the global one at every start, and a resumed run
         # would see other random numbers than an uninterrupted one.
         generator=torch.Generator().manual_seed(0),
     )

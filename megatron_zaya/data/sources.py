@@ -1,5 +1,4 @@
-"""From what the user names to chunks of raw text: files, folders, JSON lines, and the `python-stdlib` source
-tree.
+"""From what the user names to chunks of raw text: files, folders, JSON lines, `python-stdlib`.
 
 A chunk is about a megabyte of whole documents; cutting into chunks depends on the input alone, so that any
 number of workers produces the same output. Nothing here decodes text: that is the workers' part
@@ -141,7 +140,7 @@ def _line_chunks(file: SourceFile) -> Iterator[Chunk]:
 
 def _folder_files(folder: Path, suffixes: Sequence[str], skip: Sequence[str] = ()) -> list[SourceFile]:
     found: list[tuple[bytes, SourceFile]] = []
-    for parent, folders, names in os.walk(folder):
+    for parent, folders, names in os.walk(folder, onerror=_unreadable):
         folders[:] = [n for n in folders if not n.startswith(".") and n not in skip and n != "__pycache__"]
         for name in names:
             path = Path(parent, name)
@@ -153,6 +152,11 @@ def _folder_files(folder: Path, suffixes: Sequence[str], skip: Sequence[str] = (
         wanted = f"no file ending in {' or '.join(suffixes)}" if suffixes else "no file"
         raise DataError(f"the folder holds {wanted}", where=folder, remedy="Check the folder and the suffix filter")
     return [file for _, file in sorted(found, key=lambda item: item[0])]
+
+
+def _unreadable(error: OSError) -> None:
+    # os.walk would pass over such a folder in silence.
+    raise DataError(f"the folder cannot be read: {error.strerror}", where=error.filename) from error
 
 
 def _stdlib_folder() -> Path:

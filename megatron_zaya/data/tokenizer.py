@@ -24,7 +24,7 @@ BYTE = "byte"
 """The name that selects the byte tokenizer wherever a tokenizer is named."""
 
 NO_PAD = -1
-"""`pad` of a tokenizer that has no padding token of its own; mcore uses the same value, which no text can contain."""
+"""`pad` of a tokenizer without a padding token of its own; mcore's value too, which no text can contain."""
 
 
 class Tokenizer(Protocol):
@@ -40,17 +40,21 @@ class Tokenizer(Protocol):
     pad: int
 
     @property
-    def unique_identifiers(self) -> dict[str, Any]: ...
+    def unique_identifiers(self) -> dict[str, Any]:
+        """The content's description."""
 
-    def encode(self, text: str) -> np.ndarray: ...
+    def encode(self, text: str) -> np.ndarray:
+        """The ids `[n]` of `text`, without special tokens."""
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]: ...
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of every text."""
 
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str: ...
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of `ids`."""
 
 
 class ByteTokenizer:
-    """UTF-8 bytes as tokens: ids 0 to 255, then `eod` 256 and `pad` 257. Lossless for any text, and needs no files."""
+    """UTF-8 bytes as tokens: ids 0 to 255, then `eod` 256 and `pad` 257. Lossless, and needs no files."""
 
     vocab_size = 258
     eod = 256
@@ -92,9 +96,9 @@ class HuggingFaceTokenizer:
             import tokenizers
         except ImportError as error:
             raise DataError(
-                "reading a Hugging Face tokenizer folder needs the `tokenizers` package, which is not installed",
+                "a Hugging Face tokenizer folder needs the `tokenizers` package, which is not installed",
                 where=self.folder,
-                remedy="Install it with `pip install 'megatron-zaya[hf]'`, or use the byte tokenizer (`byte`)",
+                remedy="Install it with `pip install 'megatron-zaya[hf]'`, or use the tokenizer `byte`",
             ) from error
         try:
             self._backend = tokenizers.Tokenizer.from_file(str(self.folder / "tokenizer.json"))
@@ -124,7 +128,7 @@ class HuggingFaceTokenizer:
 
     @cached_property
     def unique_identifiers(self) -> dict[str, Any]:
-        """The content's description: a hash of tokenizer.json and the special tokens, whatever the folder's path."""
+        """The content's description, whatever the path: a hash of tokenizer.json and the special tokens."""
         return _folder_identity(self.folder, self._special)
 
     def encode(self, text: str) -> np.ndarray:
@@ -132,7 +136,7 @@ class HuggingFaceTokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """`encode` of every text, in one call to the library (its threads, unless TOKENIZERS_PARALLELISM=false)."""
+        """`encode` of every text, by the library's threads unless TOKENIZERS_PARALLELISM=false."""
         batch = getattr(self._backend, "encode_batch_fast", self._backend.encode_batch)
         encodings = batch(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
@@ -143,7 +147,7 @@ class HuggingFaceTokenizer:
 
 
 def load_tokenizer(name_or_folder: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer called `byte`, or the Hugging Face one in a folder. Raises DataError as the classes do."""
+    """The tokenizer called `byte`, or the Hugging Face one in a folder. Raises DataError as they do."""
     if str(name_or_folder) == BYTE:
         return ByteTokenizer()
     return HuggingFaceTokenizer(name_or_folder)
@@ -178,7 +182,7 @@ def _special_tokens(folder: Path) -> dict[str, str | int | None]:
             "the tokenizer folder has no tokenizer.json",
             where=folder,
             value=", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "an empty folder",
-            remedy="Save the fast form of the tokenizer: `AutoTokenizer.from_pretrained(...).save_pretrained(folder)`",
+            remedy="Save the tokenizer in its fast form, as `save_pretrained` of transformers does",
         )
     named = [_read_json(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json")]
     model = _read_json(folder / "config.json")

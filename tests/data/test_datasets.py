@@ -1,8 +1,9 @@
-"""Datasets through the real mcore: content, blends, caching, fingerprints, resuming, several ranks, and the checks."""
+"""Datasets through the real mcore: content, blends, caching, fingerprints, resuming, ranks, checks."""
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import shutil
 from dataclasses import replace
 from itertools import islice
@@ -171,6 +172,9 @@ def run_rank(rank: int, config: Settings, store: str, queue: multiprocessing.Que
     try:
         # `local`: each rank plays a node with a disk of its own.
         config = replace(config, data_cache_path=f"{config.data_cache_path}/{rank}") if local else config
+        if config.data_path == ["RANK"]:  # one path that each rank resolves on a disk of its own
+            os.chdir(Path(config.data_cache_path).parent / str(rank))
+            config = replace(config, data_path=["set"])
         data = build(config, local_rank=0 if local else None)
         queue.put((rank, order_fingerprint(data.train), samples(data.valid)))
     except DataError as error:
@@ -200,7 +204,9 @@ def test_two_ranks_read_what_one_built(corpus: Path, second: Path, tmp_path: Pat
     alone = build(replace(config, data_cache_path=str(tmp_path / "alone")))
     expected = (order_fingerprint(alone.train), samples(alone.valid))
     assert [result[1:] for result in results] == [expected, expected]
-    assert len(list((tmp_path / "cache").iterdir())) == 1
+    (folder,) = (tmp_path / "cache").iterdir()
+    # 2 splits of 2 prefixes with 4 files, and a blend with 3 per split: the ranks wrote no others.
+    assert len(list(folder.iterdir())) == 2 * 2 * 4 + 2 * 3
     # Rank 0 finds a ready cache on its "node", rank 1 none on its own.
     (tmp_path / "nodes").mkdir()
     shutil.copytree(tmp_path / "cache", tmp_path / "nodes" / "0")
@@ -213,6 +219,18 @@ def test_an_error_on_one_rank_ends_all(corpus: Path, tmp_path: Path) -> None:
     results = two_ranks(Settings([str(corpus)], data_cache_path=str(tmp_path / "file")), tmp_path / "ranks")
     assert [result[1] for result in results] == ["error", "error"]
     assert results[0][2] == results[1][2] and "index cache cannot be written" in str(results[1][2])
+
+
+def test_ranks_that_disagree_do_not_start(corpus: Path, tmp_path: Path) -> None:
+    prepare([write_texts(tmp_path / "texts", 60)], tmp_path / "1" / "set")
+    shutil.copytree(tmp_path / "1", tmp_path / "0")
+    prepare([write_texts(tmp_path / "texts", 61)], tmp_path / "1" / "set", overwrite=True)
+    config = Settings(["RANK"], data_cache_path=str(tmp_path / "cache"))
+    results = two_ranks(config, tmp_path / "ranks")
+    assert all("rank 1 and rank 0 see different data" in str(result[2]) for result in results)
+    Path(tmp_path, "1", "set.bin").unlink()
+    results = two_ranks(config, tmp_path / "again")
+    assert all("no such data file [rank 1, " in str(result[2]) for result in results)
 
 
 def test_check_accepts_good_data(corpus: Path, second: Path) -> None:
@@ -248,7 +266,10 @@ def test_check_data_errors(corpus: Path, tokenizer_folder: Path, tmp_path: Path)
         ({"split": "999,1,0"}, "the validation share of the data is shorter than one sample of 16"),
         ({"seq_length": 100_000}, r"the training share .*Shorten data\.seq_length"),
         ({"seq_length": 0}, "at least 1"),
-        ({"tokenizer_model": str(tokenizer_folder)}, r"another tokenizer \(byte\)"),
+        (
+            {"tokenizer_model": str(tokenizer_folder)},
+            r"another tokenizer .*Set data\.tokenizer_model to byte",
+        ),
         ({"tokenizer_model": str(tmp_path / "none")}, "no such tokenizer folder"),
     ]
     for changes, message in cases:

@@ -18,7 +18,7 @@ from tests.data.conftest import write_texts
 
 
 def killed_at(step: int, source: Path, prefix: Path, overwrite: bool) -> bool:
-    """Run `prepare` in a forked child that SIGKILLs itself before its `step`-th rename or removal in the target."""
+    """Run `prepare` in a forked child that SIGKILLs itself before its `step`-th rename or removal there."""
     child = os.fork()
     if child == 0:
         left = [step]
@@ -64,7 +64,7 @@ def test_killed_between_any_two_steps_of_the_commit(tmp_path: Path) -> None:
                     assert bin_path(prefix).read_bytes() == before
             else:
                 assert killed
-            # The next run clears what was left and succeeds, without permission to overwrite if nothing was visible.
+            # The next run clears what was left; it needs no permission to overwrite where nothing is visible.
             prepare([new], prefix, overwrite=idx_path(prefix).exists() or overwrite)
             assert read_index(prefix).sequences == 5
             assert {p.name for p in prefix.parent.iterdir()} == {"set.bin", "set.idx", "set.json"}

@@ -1,4 +1,4 @@
-"""Preparing: what is stored, in which order, whatever the number of workers; bad input leaves nothing behind."""
+"""Preparing: what is stored, in which order, for any number of workers; bad input leaves nothing."""
 
 from __future__ import annotations
 

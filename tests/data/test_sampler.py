@@ -27,7 +27,7 @@ class Numbers(torch.utils.data.Dataset):
 
 
 def global_batches(total: int, consumed: int, micro: int, ranks: int, global_batch: int) -> list[list[int]]:
-    """What all ranks together read per optimizer step, in Megatron's order: micro-step by micro-step, rank by rank."""
+    """What all ranks read per optimizer step, in Megatron's order: micro-step by micro-step, rank by rank."""
     samplers = [ResumableSampler(total, consumed, micro, rank, ranks) for rank in range(ranks)]
     assert len({len(sampler) for sampler in samplers}) == 1
     steps = [list(chain.from_iterable(parts)) for parts in zip(*samplers, strict=True)]
