@@ -9,3 +9,4 @@ def quiet_megatron() -> None:
     `zaya doctor` says the same once, with the consequence.
     """
     warnings.filterwarnings("ignore", module=r"megatron\.core.*")
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\..* is deprecated", category=FutureWarning)

@@ -13,6 +13,7 @@ from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing import ShardedObject
 
 from ckpt.mcore import Checkpointer
+from megatron_zaya.compat.mcore import allocate_adam_state, load_optimizer_state
 from megatron_zaya.config import ConfigError, RunConfig
 from megatron_zaya.train.state import TrainingJob, TrainState
 
@@ -87,13 +88,14 @@ def load_job(job: TrainingJob, root: Path, iteration: int) -> None:
     checkpointer = Checkpointer(root)
     everything = job.config.checkpoint.load_optimizer
     _check_same_model(checkpointer.load_common(iteration)["config"], job.config, root)
+    allocate_adam_state(job.optimizer)
     state = checkpointer.load(iteration, _sharded_state(job, everything, loading=True))
     for index, chunk in enumerate(job.model):
         chunk.load_state_dict(state[f"model{index}"], strict=False)  # completeness was checked by the read
     if not everything:
         job.optimizer.reload_model_params()
         return
-    job.optimizer.load_state_dict(state["optimizer"])
+    load_optimizer_state(job.optimizer, state["optimizer"])
     job.scheduler.load_state_dict(state["scheduler"])
     loaded = TrainState(**state["train_state"])
     if loaded.data_fingerprint != job.state.data_fingerprint:
