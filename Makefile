@@ -1,13 +1,14 @@
 # The commands of this project. `make help` lists them. Every one starts from `python3` alone.
 SHELL := /bin/bash
 PYTHON ?= python3
+PYTHON_LATEST ?= python3.12
 VENV ?= .venv
 BIN := $(VENV)/bin
 SETUP_STAMP := $(VENV)/.installed
 SOURCES := megatron_zaya ckpt topology launch tests benchmarks tools setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check format test clean
+.PHONY: help setup smoke check format test test-mcore-latest bench clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -19,6 +20,9 @@ $(SETUP_STAMP): setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	@touch $@
+
+smoke: setup  ## prepare text, train, kill, resume, compare: the whole system in minutes
+	$(BIN)/python tools/smoke.py
 
 check: setup  ## format, lint, types, import contracts, shell scripts, spelling
 	$(BIN)/ruff format --check --quiet $(SOURCES)
@@ -35,6 +39,13 @@ format: setup  ## rewrite the sources in the project's format
 test: setup  ## the whole test-suite
 	tools/install_apt_packages.sh
 	OMP_NUM_THREADS=1 $(BIN)/pytest
+
+bench: setup  ## every benchmark, as JSON
+	for file in benchmarks/*.py; do $(BIN)/python $$file --json; done
+
+test-mcore-latest:  ## model, parity and training tests on the newest Megatron-Core (needs Python 3.12)
+	$(MAKE) setup VENV=.venv-mcore-latest PYTHON=$(PYTHON_LATEST)
+	OMP_NUM_THREADS=1 .venv-mcore-latest/bin/pytest tests/model tests/train
 
 clean:  ## remove the environment and everything that runs wrote
 	rm -rf $(VENV) .venv-mcore-latest runs data

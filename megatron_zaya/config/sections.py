@@ -113,7 +113,7 @@ class ParallelConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW, as Megatron-Core's optimizer runs it."""
+    """AdamW, as Megatron-Core's optimizer runs it, and the balancing of the experts."""
 
     optimizer: Literal["adam"] = "adam"
     lr: PositiveFloat = 6e-4
@@ -124,6 +124,10 @@ class OptimizerConfig(Section):
     adam_eps: PositiveFloat = 1e-8
     clip_grad: NonNegativeFloat = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
+    moe_router_bias_update_rate: NonNegativeFloat = 1e-3
+    """Step size of the balancing biases, in units of probability; 0 freezes them."""
+    skip_expert_target: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Share of the tokens that should skip; None means as much as each expert gets."""
 
     @model_validator(mode="after")
     def _check(self) -> OptimizerConfig:

@@ -1,4 +1,4 @@
-"""The whole state of a job as one sharded state dict, and back: model, optimizer, schedule, cursor, random numbers."""
+"""The whole state of a job as one sharded state dict and back: weights, optimizer, balancing, schedule, random numbers."""
 
 from __future__ import annotations
 
@@ -50,6 +50,7 @@ def _sharded_state(job: TrainingJob, with_optimizer: bool, loading: bool) -> dic
         return state
     flat = model["model0"] if len(model) == 1 else model
     state["optimizer"] = job.optimizer.sharded_state_dict(flat, is_loading=loading, metadata=metadata)
+    state["balancing"] = job.balancer.sharded_state_dict(groups)
     state["scheduler"] = job.scheduler.state_dict()
     state["train_state"] = dataclasses.asdict(job.state)
     state["config"] = job.config.model_dump(mode="json")
@@ -96,6 +97,7 @@ def load_job(job: TrainingJob, root: Path, iteration: int) -> None:
         job.optimizer.reload_model_params()
         return
     load_optimizer_state(job.optimizer, state["optimizer"])
+    job.balancer.load_state_dict(state["balancing"])
     job.scheduler.load_state_dict(state["scheduler"])
     loaded = TrainState(**state["train_state"])
     if loaded.data_fingerprint != job.state.data_fingerprint:

@@ -28,6 +28,7 @@ from megatron_zaya.model.init import initialise
 from megatron_zaya.model.specs import zaya_layer_spec
 from megatron_zaya.model.transformer_config import zaya_transformer_config
 from megatron_zaya.model.zaya_model import EMBEDDING, ZayaModel
+from megatron_zaya.optim.balancing import BiasBalancer
 from megatron_zaya.parallel.groups import build_process_groups
 from megatron_zaya.preconditions import checkpoint_to_load
 from megatron_zaya.telemetry.console import LiveConsole, PlainConsole
@@ -195,6 +196,12 @@ def build_job(config: RunConfig, env: RankEnv, device: torch.device) -> Training
     pg_collection = build_process_groups(config.parallel, config.run.seed)
     model = build_model(config, pg_collection, device)
     optimizer, scheduler = build_optimizer(config, model, pg_collection)
+    balancer = BiasBalancer(
+        [layer.mlp.router for chunk in model for layer in chunk.module.layers],
+        model[0].module.first_layer,
+        config.optimizer.moe_router_bias_update_rate,
+        config.optimizer.skip_expert_target,
+    )
     datasets = _build_data(config, env)
     job = TrainingJob(
         config=config,
@@ -203,6 +210,7 @@ def build_job(config: RunConfig, env: RankEnv, device: torch.device) -> Training
         model=model,
         optimizer=optimizer,
         scheduler=scheduler,
+        balancer=balancer,
         train_data=iter(()),
         valid_dataset=datasets.valid,
         state=TrainState(data_fingerprint=order_fingerprint(datasets.train)),

@@ -13,6 +13,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_zaya.config import RunConfig
+from megatron_zaya.optim.balancing import BiasBalancer
 from megatron_zaya.telemetry.events import EventStream
 
 
@@ -37,6 +38,7 @@ class TrainingJob:
     """One entry per virtual pipeline stage of this rank."""
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
+    balancer: BiasBalancer
     train_data: Iterator[dict[str, torch.Tensor]]
     valid_dataset: Any
     state: TrainState

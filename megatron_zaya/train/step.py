@@ -1,6 +1,6 @@
 """One optimizer step, and one evaluation, through Megatron-Core's pipeline schedules.
 
-zero gradients -> forward and backward of every micro-batch -> reduce gradients -> clip and step -> learning rate
+zero gradients -> forward, backward of every micro-batch -> reduce gradients -> clip, step -> biases, learning rate
 """
 
 from __future__ import annotations
@@ -61,12 +61,11 @@ def _run_schedule(job: TrainingJob, data: Iterator, num_microbatches: int, forwa
 
 
 def _take_router_counts(job: TrainingJob) -> Tensor:
-    """Return the tokens per router class of this rank's layers since the last call, [layers, classes], and reset."""
-    routers = [layer.mlp.router for chunk in job.model for layer in chunk.module.layers]
-    counts = torch.stack([router.tokens_per_class for router in routers])
-    for router in routers:
+    """Return the tokens per layer and router class on this rank since the last call, and start counting anew."""
+    counts_LN = torch.stack([router.tokens_per_class for router in job.balancer.routers])
+    for router in job.balancer.routers:
         router.tokens_per_class.zero_()
-    return counts
+    return counts_LN
 
 
 def train_step(job: TrainingJob) -> StepResult:
@@ -82,9 +81,9 @@ def train_step(job: TrainingJob) -> StepResult:
     iteration = job.state.iteration + 1
 
     # One reduction tells every rank the loss, the router's load and whether any rank was asked to stop.
-    counts = _take_router_counts(job)
+    counts_LN = _take_router_counts(job)
     stop = torch.tensor([float(job.stop_signal)], dtype=torch.float64, device=job.device)
-    report = torch.cat([loss, counts.double().flatten()])
+    report = torch.cat([loss, counts_LN.double().flatten()])
     torch.distributed.all_reduce(report, group=job.pg_collection.dp_cp)
     torch.distributed.all_reduce(stop, op=torch.distributed.ReduceOp.MAX)
     mean_loss = (report[0] / report[1]).item()
@@ -96,19 +95,20 @@ def train_step(job: TrainingJob) -> StepResult:
     updated, grad_norm, _ = job.optimizer.step()
     if not updated or not torch.isfinite(torch.tensor(grad_norm)):
         raise TrainingError(f"iteration {iteration}: the gradient norm is {grad_norm}; lower optimizer.lr")
+    counts_LN = report[2:].view_as(counts_LN)
+    job.balancer.step(counts_LN, iteration)
     job.scheduler.step(increment=1)
     job.state.iteration = iteration
     job.state.consumed_samples += job.config.schedule.global_batch_size
 
-    counts = report[2:].view_as(counts)
-    dispatched = counts[:, :-1]
-    even_share = dispatched.sum(dim=1).clamp_min(1) / dispatched.shape[1]
+    experts_LE = counts_LN[:, :-1]
+    even_share_L = experts_LE.sum(dim=1).clamp_min(1) / experts_LE.shape[1]
     return StepResult(
         loss=mean_loss,
         tokens=int(report[1].item()),
         grad_norm=float(grad_norm),
-        skip_rate=(counts[:, -1].sum() / counts.sum()).item(),
-        max_expert_load=(dispatched.max(dim=1).values / even_share).max().item(),
+        skip_rate=(counts_LN[:, -1].sum() / counts_LN.sum()).item(),
+        max_expert_load=(experts_LE.amax(dim=1) / even_share_L).max().item(),
         stop_signal=int(stop.item()),
     )
 

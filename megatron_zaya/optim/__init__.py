@@ -1,0 +1,1 @@
+"""What changes the parameters and the balancing biases."""

@@ -1,0 +1,108 @@
+"""`make smoke`: the whole system on two CPU ranks, in a few minutes, judged by what it wrote.
+
+    prepare real text -> train uninterrupted -> train again, kill every process after a checkpoint, resume -> compare
+
+Passes when the loss fell by 35 % and every step after the resume equals the uninterrupted run's, bit for bit.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+from megatron_zaya.config import load_config
+from megatron_zaya.telemetry.jsonl import read_events, steps_by_iteration
+
+RUN_FILE = Path("configs/smoke_cpu.yaml")
+RANKS = 2
+LEAST_FALL = 0.35
+KILL_AFTER_STEPS = 3
+
+
+def zaya(*arguments: str) -> list[str]:
+    """Return the command line of one `zaya` call in this environment."""
+    return [sys.executable, "-c", "from launch.cli import main; main()", *arguments]
+
+
+def train_command(name: str) -> list[str]:
+    """Return the command line of one training run."""
+    return zaya("train", str(RUN_FILE), f"run.name={name}", "--nproc", str(RANKS))
+
+
+def kill_tree(process: subprocess.Popen) -> None:
+    """Kill a process and all its descendants at once, as a power cut would."""
+    root = psutil.Process(process.pid)
+    victims = [*root.children(recursive=True), root]
+    for victim in victims:
+        victim.kill()
+    psutil.wait_procs(victims, timeout=30)
+    process.wait()
+
+
+def run_and_kill(name: str, metrics: Path, after: int) -> int:
+    """Start a run, kill it once it has done ``after`` iterations; return the last iteration it reported."""
+    process = subprocess.Popen(train_command(name))
+    while process.poll() is None:
+        done = max(steps_by_iteration(metrics), default=0) if metrics.exists() else 0
+        if done >= after:
+            kill_tree(process)
+            return max(steps_by_iteration(metrics))
+        time.sleep(0.05)
+    raise SystemExit(f"smoke: the run to be interrupted ended by itself with status {process.returncode}")
+
+
+def say(text: str) -> None:
+    """Print a line that is easy to find."""
+    print(f"smoke: {text}", flush=True)
+
+
+def main() -> int:
+    """Run everything; return the exit status."""
+    start = time.monotonic()
+    config = load_config(RUN_FILE)
+    data = Path(config.data.data_path[0])
+    if not data.with_suffix(".idx").exists():
+        subprocess.run(zaya("data", "prepare", "python-stdlib", "--output", str(data)), check=True)
+
+    whole = load_config(RUN_FILE, ["run.name=smoke"]).run_dir
+    broken = load_config(RUN_FILE, ["run.name=smoke_interrupted"]).run_dir
+    for folder in (whole, broken):
+        shutil.rmtree(folder, ignore_errors=True)
+    say("1. an uninterrupted run")
+    subprocess.run(train_command("smoke"), check=True)
+    say("2. the same run, killed after a checkpoint")
+    saved = config.checkpoint.save_interval
+    killed_at = run_and_kill("smoke_interrupted", broken / "metrics.jsonl", saved + KILL_AFTER_STEPS)
+    say(f"   every process killed after iteration {killed_at}; 3. the same command again")
+    subprocess.run(train_command("smoke_interrupted"), check=True)
+
+    steps = steps_by_iteration(whole / "metrics.jsonl")
+    resumed = steps_by_iteration(broken / "metrics.jsonl")
+    origin = read_events(broken / "metrics.jsonl", "RunStarted")[-1]["iteration"]
+    first, last = steps[min(steps)]["loss"], steps[max(steps)]["loss"]
+    fall = 1 - last / first
+    compared = range(origin + 1, max(steps) + 1)
+    differing = [i for i in compared if any(steps[i][k] != resumed[i][k] for k in ("loss", "grad_norm"))]
+    picture = whole / "loss_curve.png"
+    checks = {
+        f"training loss {first:.4f} at iteration {min(steps)}, {last:.4f} at iteration {max(steps)}: "
+        f"fell by {fall:.1%} (at least {LEAST_FALL:.0%} asked)": fall >= LEAST_FALL,
+        f"resumed from iteration {origin}: loss at iteration {origin + 1} is {resumed[origin + 1]['loss']!r}, "
+        f"uninterrupted {steps[origin + 1]['loss']!r}": resumed[origin + 1]["loss"] == steps[origin + 1]["loss"],
+        f"iterations {compared.start} to {compared.stop - 1} equal the uninterrupted run's bit for bit "
+        f"({len(differing)} differ)": not differing and origin == saved,
+        f"run folder {whole}, loss curve {picture}": picture.is_file(),
+    }
+    for text, passed in checks.items():
+        say(f"{'ok  ' if passed else 'FAIL'} {text}")
+    say(f"{'passed' if all(checks.values()) else 'FAILED'} in {time.monotonic() - start:.0f} s")
+    return 0 if all(checks.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
