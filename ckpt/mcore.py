@@ -5,9 +5,9 @@ A step appears under its final name by one rename, after every rank has written 
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,14 @@ from torch.distributed import ProcessGroup
 
 from ckpt.steps import CheckpointError, complete_iterations, step_dir
 
-logger = logging.getLogger(__name__)
 
-
-def _sync_tree(folder: Path) -> None:
-    """Flush every file below ``folder``, and the folders themselves, to the disk."""
-    for parent, _, names in os.walk(folder):
-        for name in [*names, "."]:
-            descriptor = os.open(os.path.join(parent, name), os.O_RDONLY)  # noqa: PTH118 (hot for many files)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+def _sync(path: Path) -> None:
+    """Flush a file, or the entries of a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class Checkpointer:
@@ -60,7 +56,8 @@ class Checkpointer:
         dist_checkpointing.save(state, str(partial), validate_access_integrity=True)
         torch.distributed.barrier(self.group)
         if first:
-            _sync_tree(partial)
+            for path in (*partial.rglob("*"), partial):
+                _sync(path)
             if final.exists():
                 old = final.with_name(final.name + ".replaced.partial")
                 shutil.rmtree(old, ignore_errors=True)
@@ -69,30 +66,29 @@ class Checkpointer:
                 shutil.rmtree(old)
             else:
                 partial.rename(final)
-            _sync_tree_entry(self.root)
+            _sync(self.root)
         torch.distributed.barrier(self.group)
         return final
 
-    def load(self, iteration: int, template: dict[str, Any]) -> dict[str, Any]:
+    def load(self, iteration: int, template: dict[str, Any], partial: bool = False) -> dict[str, Any]:
         """Read one step into the layout that ``template`` describes. Collective.
 
+        Args:
+            iteration: a complete step.
+            template: a sharded state dict; what it asks for must be there.
+            partial: the step may hold more than the template asks for.
+
         Raises:
-            CheckpointError: the step is incomplete, or its tensors are not the ones asked for.
+            CheckpointError: the step is damaged, or its tensors are not the ones asked for.
         """
         folder = step_dir(self.root, iteration)
+        strict = StrictHandling.RAISE_UNEXPECTED if partial else StrictHandling.RAISE_ALL
         try:
-            return dist_checkpointing.load(template, str(folder), strict=StrictHandling.RAISE_ALL)
+            return dist_checkpointing.load(template, str(folder), strict=strict)
         except (dist_checkpointing.core.CheckpointingException, KeyError, RuntimeError) as error:
-            raise CheckpointError(f"{folder}: cannot be loaded into this model and layout: {error}") from error
+            reason = textwrap.shorten(str(error), 400, placeholder=" ...")
+            raise CheckpointError(f"{folder}: cannot be loaded into this model and layout: {reason}") from error
 
     def load_common(self, iteration: int) -> dict[str, Any]:
         """Return the part of the step that is the same on every rank, without its tensors."""
         return dist_checkpointing.load_common_state_dict(str(step_dir(self.root, iteration)))
-
-
-def _sync_tree_entry(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,4 +1,4 @@
-"""The whole state of a job as one sharded state dict and back: weights, optimizer, balancing, schedule, random numbers."""
+"""The whole state of a job as one sharded state dict and back: weights, optimizer, balancing, cursor, random numbers."""
 
 from __future__ import annotations
 
@@ -90,7 +90,8 @@ def load_job(job: TrainingJob, root: Path, iteration: int) -> None:
     everything = job.config.checkpoint.load_optimizer
     _check_same_model(checkpointer.load_common(iteration)["config"], job.config, root)
     allocate_adam_state(job.optimizer)
-    state = checkpointer.load(iteration, _sharded_state(job, everything, loading=True))
+    template = _sharded_state(job, everything, loading=True)
+    state = checkpointer.load(iteration, template, partial=not everything)
     for index, chunk in enumerate(job.model):
         chunk.load_state_dict(state[f"model{index}"], strict=False)  # completeness was checked by the read
     if not everything:

@@ -14,6 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -64,6 +65,7 @@ def distributed_world(config: RunConfig, env: RankEnv) -> Iterator[torch.device]
     try:
         yield cpu.device()
     finally:
+        parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()
 
 
