@@ -48,6 +48,7 @@ setup(
             "transformers>=5.23",
             "types-PyYAML",
             "types-networkx",
+            "types-psutil",
         ],
     },
     entry_points={"console_scripts": ["zaya = launch.cli:main"]},

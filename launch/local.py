@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from types import FrameType
 
+import psutil
+
 
 def torchrun_command(run_file: Path, overrides: list[str], nproc: int) -> list[str]:
     """Return the command line that starts ``nproc`` ranks with a free rendezvous port."""
@@ -26,17 +28,26 @@ def torchrun_command(run_file: Path, overrides: list[str], nproc: int) -> list[s
 
 
 def run_ranks(run_file: Path, overrides: list[str], nproc: int) -> int:
-    """Run the ranks to their end and return their exit status; signals to this process reach every rank."""
+    """Run the ranks to their end and return their exit status.
+
+    The first SIGTERM, SIGINT or SIGUSR1 is handed to every rank, which saves and stops after its step; a second one
+    ends torchrun and with it the ranks at once.
+    """
     environment = dict(os.environ)
     # As torchrun would set it, but without its warning; more ranks than cores must not multiply threads.
     environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
-    process = subprocess.Popen(torchrun_command(run_file, overrides, nproc), env=environment)
+    # A session of its own: an interrupt from the terminal must reach the ranks through us, not torchrun itself,
+    # which would kill them half-way.
+    command = torchrun_command(run_file, overrides, nproc)
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    received: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
-        process.send_signal(number)
+        received.append(number)
+        ranks = psutil.Process(process.pid).children()
+        for target in ranks if ranks and len(received) == 1 else [process]:
+            target.send_signal(number)
 
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, forward)
-    # An interrupt from the terminal reaches the whole foreground group by itself.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     return process.wait()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import socket
@@ -48,10 +49,8 @@ def run_ranks(function: Callable, world_size: int, *arguments: Any) -> list[Any]
     The processes have torchrun's environment. An exception on any rank fails the caller with its traceback.
     """
     with tempfile.TemporaryDirectory() as folder:
-        try:
+        with contextlib.suppress(mp.ProcessExitedException, mp.ProcessRaisedException):  # reported below
             mp.spawn(_rank, (world_size, free_port(), function, arguments, folder), nprocs=world_size)
-        except (mp.ProcessExitedException, mp.ProcessRaisedException):
-            pass
         results = [
             pickle.loads(path.read_bytes()) if path.exists() else (False, "died without a word")
             for path in (Path(folder, str(rank)) for rank in range(world_size))

@@ -1,4 +1,4 @@
-"""The whole state of a job as one sharded state dict and back: weights, optimizer, balancing, cursor, random numbers."""
+"""The whole state of a job as one sharded state dict and back: weights, optimizer, balancing, cursor, random state."""
 
 from __future__ import annotations
 

@@ -1,0 +1,99 @@
+"""Events reach every sink; a bad sink is dropped; files survive a torn line."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from megatron_zaya.telemetry.console import LiveConsole, PlainConsole, plain_line, step_line
+from megatron_zaya.telemetry.curve import LossCurveSink
+from megatron_zaya.telemetry.events import Evaluated, EventStream, RunEnded, RunStarted, Saved, StepDone
+from megatron_zaya.telemetry.jsonl import JsonlSink, read_events, steps_by_iteration
+
+START = RunStarted(0, 40, 2, 2, 1000, 100)
+
+
+def step(iteration: int, loss: float = 2.5) -> StepDone:
+    return StepDone(iteration, 40, iteration * 8, iteration * 256, loss, 1.5, 3e-4, 8, 0.25, 1024.0, 0.1, 1.2)
+
+
+EVENTS = [START, *(step(i, 5.0 - i / 20) for i in range(1, 41)), Evaluated(40, 3.2, 512, 0.1), Saved(40, "here", 1.0)]
+EVENTS.append(RunEnded(40, "finished"))
+
+
+def test_the_step_line_has_megatrons_fields():
+    line = step_line(step(10))
+    fields = dict(part.split(":", 1) for part in line.split("|")[1:-1])
+    assert re.match(r" iteration +10/ +40 \|", line)
+    names = ["consumed samples", "elapsed time per iteration (ms)", "learning rate", "lm loss", "grad norm"]
+    assert all(any(key.strip() == name for key in fields) for name in names)
+    assert float(fields[" lm loss"]) == 2.5
+
+
+def test_the_plain_console_keeps_to_its_interval(capsys):
+    console = PlainConsole(log_interval=10)
+    for event in EVENTS:
+        console.handle(event)
+    lines = capsys.readouterr().out.splitlines()
+    assert [int(m.group(1)) for m in (re.match(r" iteration +(\d+)/", x) for x in lines) if m] == [1, 10, 20, 30, 40]
+    assert all("\x1b" not in line for line in lines)
+    assert len(lines) == 5 + 4
+
+
+def test_the_live_console_shows_progress(capsys):
+    console = LiveConsole()
+    for event in EVENTS:
+        console.handle(event)
+    console.close()
+    out = capsys.readouterr().out
+    assert "40/40" in out
+    assert "loss 3.0000" in out
+    assert "validation loss at iteration 40" in out
+
+
+@pytest.mark.parametrize("event", EVENTS[::10] + EVENTS[-3:])
+def test_every_event_is_one_line(event):
+    assert plain_line(event).count("\n") == 0
+
+
+def test_metrics_append_and_the_later_life_counts(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for losses in ({1: 5.0, 2: 4.0, 3: 9.0}, {3: 3.0}):
+        sink = JsonlSink(path)
+        for iteration, loss in losses.items():
+            sink.handle(step(iteration, loss))
+        sink.close()
+    with path.open("a") as file:
+        file.write('{"event": "StepDone", "iterat')
+    assert {i: s["loss"] for i, s in steps_by_iteration(path).items()} == {1: 5.0, 2: 4.0, 3: 3.0}
+    assert len(read_events(path)) == 4
+
+
+def test_the_loss_curve_is_a_picture(tmp_path):
+    stream = EventStream([JsonlSink(tmp_path / "m.jsonl"), LossCurveSink(tmp_path / "m.jsonl", tmp_path / "c.png")])
+    for event in EVENTS:
+        stream.emit(event)
+    stream.close()
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_failing_sink_is_dropped_and_the_others_go_on(tmp_path, caplog):
+    class Broken:
+        calls = 0
+
+        def handle(self, event):
+            self.calls += 1
+            raise OSError("disk full")
+
+        def close(self):
+            raise AssertionError("dropped sinks are not closed")
+
+    broken = Broken()
+    stream = EventStream([broken, JsonlSink(tmp_path / "m.jsonl")])
+    for event in EVENTS[:5]:
+        stream.emit(event)
+    stream.close()
+    assert broken.calls == 1
+    assert "disk full" in caplog.text
+    assert len(read_events(tmp_path / "m.jsonl")) == 5
