@@ -1,7 +1,6 @@
 # The commands of this project. `make help` lists them. Every one starts from `python3` alone.
 SHELL := /bin/bash
 PYTHON ?= python3
-PYTHON_LATEST ?= python3.12
 VENV ?= .venv
 BIN := $(VENV)/bin
 SETUP_STAMP := $(VENV)/.installed
@@ -44,7 +43,7 @@ bench: setup  ## every benchmark, as JSON
 	for file in benchmarks/*.py; do $(BIN)/python $$file --json; done
 
 test-mcore-latest:  ## model, parity and training tests on the newest Megatron-Core (needs Python 3.12)
-	$(MAKE) setup VENV=.venv-mcore-latest PYTHON=$(PYTHON_LATEST)
+	$(MAKE) setup VENV=.venv-mcore-latest PYTHON="$${PYTHON_LATEST:-$$(tools/find_python.sh 3.12)}"
 	OMP_NUM_THREADS=1 .venv-mcore-latest/bin/pytest tests/model tests/train
 
 clean:  ## remove the environment and everything that runs wrote

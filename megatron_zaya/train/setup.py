@@ -138,6 +138,8 @@ def build_optimizer(
         end_wd=opt.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,  # the run file counts, also when it changed before a resume
     )
     return optimizer, scheduler
 

@@ -61,7 +61,7 @@ def test_the_state_returns_from_a_checkpoint(routers, pg_collection):
     balancer.step(torch.randint(1, 50, (2, 8)).double(), 1)
     described = balancer.sharded_state_dict(pg_collection)
     assert {t.key for t in described.values()} == {
-        f"balancing.{m}.{l}" for m in ("exp_avg", "exp_avg_sq") for l in (4, 5)
+        f"balancing.{m}.{layer}" for m in ("exp_avg", "exp_avg_sq") for layer in (4, 5)
     }
     other = BiasBalancer(routers, 4, 0.01, None)
     other.load_state_dict({name: tensor.data.clone() for name, tensor in described.items()})
