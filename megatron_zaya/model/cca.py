@@ -105,7 +105,7 @@ def causal_convolutions(
 
 
 def couple_means(qk_SBXD: Tensor, query_heads: int) -> Tensor:
-    """Return the mean coupling that by-passes the convolutions, for the query heads and then the key heads.
+    """Return the mean coupling that goes around the convolutions, for the query heads and then the key heads.
 
     Each query head is averaged with its key head; each key head becomes the mean of its group of those.
     """
