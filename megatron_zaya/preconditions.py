@@ -11,19 +11,7 @@ from ckpt.steps import CheckpointError, complete_iterations, find_step
 from megatron_zaya.config import ConfigError, RunConfig
 from megatron_zaya.data.datasets import check_data
 from megatron_zaya.data.tokenizer import load_tokenizer
-
-
-def _check_layout(config: RunConfig) -> None:
-    for name in (
-        "tensor_model_parallel_size",
-        "pipeline_model_parallel_size",
-        "context_parallel_size",
-        "expert_model_parallel_size",
-        "expert_tensor_parallel_size",
-    ):
-        value = getattr(config.parallel, name)
-        if value != 1:
-            raise ConfigError(f"parallel.{name}: {value} is not supported yet; data parallelism is (--nproc)")
+from megatron_zaya.plan.layout import check_layout
 
 
 def _check_vocabulary(config: RunConfig) -> None:
@@ -59,8 +47,7 @@ def check_run(config: RunConfig, world_size: int) -> None:
         ConfigError: the configuration cannot work with this world.
         DataError: the data are missing, damaged, or do not fit the configuration.
     """
-    _check_layout(config)
-    config.data_parallel_size(world_size)
+    check_layout(config, world_size)
     if config.data.seq_length > config.model.max_position_embeddings:
         raise ConfigError(
             f"data.seq_length={config.data.seq_length} is beyond "

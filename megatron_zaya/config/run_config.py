@@ -1,4 +1,4 @@
-"""RunConfig: the whole tree, the checks that need more than one section, and derived sizes."""
+"""RunConfig: the whole tree, and where the run lies on disk."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from pathlib import Path
 
 from pydantic import Field
 
-from megatron_zaya.config.errors import ConfigError
 from megatron_zaya.config.sections import (
     CheckpointConfig,
     DataConfig,
@@ -41,26 +40,3 @@ class RunConfig(Section):
     def checkpoint_dir(self) -> Path:
         """Where this run saves."""
         return self.run_dir / "checkpoints"
-
-    def data_parallel_size(self, world_size: int) -> int:
-        """Return the data-parallel size that ``world_size`` ranks leave.
-
-        Raises:
-            ConfigError: the world does not divide, or the global batch does not.
-        """
-        p = self.parallel
-        model_ranks = p.tensor_model_parallel_size * p.pipeline_model_parallel_size * p.context_parallel_size
-        if world_size % model_ranks:
-            raise ConfigError(
-                f"parallel: {world_size} ranks cannot be divided by tensor x pipeline x context = "
-                f"{model_ranks}; change --nproc (or the number of nodes) or the parallel sizes"
-            )
-        data_parallel = world_size // model_ranks
-        per_step = self.schedule.micro_batch_size * data_parallel
-        if self.schedule.global_batch_size % per_step:
-            raise ConfigError(
-                f"schedule.global_batch_size={self.schedule.global_batch_size} must be a multiple of "
-                f"micro_batch_size x data-parallel size = {self.schedule.micro_batch_size} x {data_parallel} = "
-                f"{per_step}"
-            )
-        return data_parallel

@@ -97,10 +97,14 @@ class ParallelConfig(Section):
     tensor_model_parallel_size: PositiveInt = 1
     pipeline_model_parallel_size: PositiveInt = 1
     virtual_pipeline_model_parallel_size: PositiveInt | None = None
+    """Stages per rank, for the interleaved schedule."""
+    pipeline_model_parallel_layout: list[PositiveInt] | None = None
+    """Layers of each (virtual) stage, in the order a token passes them; None spreads them evenly."""
     context_parallel_size: PositiveInt = 1
     expert_model_parallel_size: PositiveInt = 1
     expert_tensor_parallel_size: PositiveInt = 1
     sequence_parallel: bool = False
+    """Split the sequence over tensor-parallel ranks outside attention; needed with tensor parallelism."""
     moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
     use_distributed_optimizer: bool = True
     """Shard optimizer state over data-parallel ranks (ZeRO-1)."""

@@ -73,6 +73,7 @@ def zaya_transformer_config(config: RunConfig) -> ZayaTransformerConfig:
         bf16=config.run.precision == "bf16",
         params_dtype=dtype,
         pipeline_dtype=torch.float32,
+        batch_p2p_comm=torch.cuda.is_available(),  # gloo sends and receives one by one
         autocast_dtype=dtype,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,

@@ -42,8 +42,10 @@ class ZayaModel(LanguageModule):
         post_process: bool = True,
         first_layer: int = 0,
         num_local_layers: int | None = None,
+        vp_stage: int | None = None,
     ) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
+        self.vp_stage = vp_stage
         self.model_type = ModelType.encoder_or_decoder  # Megatron-Core's schedules ask
         self.pre_process, self.post_process = pre_process, post_process
         self.share_embeddings_and_output_weights = share_embeddings_and_output_weights

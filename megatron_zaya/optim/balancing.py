@@ -7,7 +7,7 @@ and betas of the original training are not published; the defaults are those of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
@@ -22,18 +22,15 @@ BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
 class BiasBalancer:
     """Moves the balancing biases of this rank's routers once per optimizer step."""
 
-    def __init__(
-        self, routers: Sequence[ZayaRouter], first_layer: int, update_rate: float, skip_target: float | None
-    ) -> None:
-        """Take the routers of consecutive layers.
+    def __init__(self, routers: Mapping[int, ZayaRouter], update_rate: float, skip_target: float | None) -> None:
+        """Take the routers of this rank.
 
         Args:
-            routers: of the layers ``first_layer``, ``first_layer + 1``, ... (0-based, over all stages).
-            first_layer: see above; names the state in checkpoints.
+            routers: by layer (0-based, over all stages); the layer names the state in checkpoints.
             update_rate: Adam's step size; 0 leaves the biases where they are.
             skip_target: share of the tokens that should skip; None means as much as each expert gets.
         """
-        self.routers, self.first_layer, self.update_rate = list(routers), first_layer, update_rate
+        self.layers, self.routers, self.update_rate = list(routers), list(routers.values()), update_rate
         bias = self.routers[0].balancing_bias
         experts = len(bias) - 1
         skip = 1 / (experts + 1) if skip_target is None else skip_target
@@ -65,15 +62,13 @@ class BiasBalancer:
         """Describe the moments to checkpoints, one tensor per layer, so that any pipeline split can read them."""
         replica = (0, pg_collection.tp.rank(), pg_collection.dp_cp.rank())
         return {
-            f"{name}.{index}": ShardedTensor.from_rank_offsets(
-                f"balancing.{name}.{self.first_layer + index}", row, replica_id=replica
-            )
+            f"{name}.{layer}": ShardedTensor.from_rank_offsets(f"balancing.{name}.{layer}", row, replica_id=replica)
             for name, moments in (("exp_avg", self.exp_avg_LN), ("exp_avg_sq", self.exp_avg_sq_LN))
-            for index, row in enumerate(moments)
+            for layer, row in zip(self.layers, moments, strict=True)
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take what a checkpoint read into :meth:`sharded_state_dict`."""
         for name, moments in (("exp_avg", self.exp_avg_LN), ("exp_avg_sq", self.exp_avg_sq_LN)):
-            for index, row in enumerate(moments):
-                row.copy_(state[f"{name}.{index}"])
+            for layer, row in zip(self.layers, moments, strict=True):
+                row.copy_(state[f"{name}.{layer}"])

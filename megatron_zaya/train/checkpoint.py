@@ -44,12 +44,11 @@ def _sharded_state(job: TrainingJob, with_optimizer: bool, loading: bool) -> dic
     metadata = SHARDING | {"dp_cp_group": groups.dp_cp}
     model: dict[str, Any] = {}
     for index, chunk in enumerate(job.model):
-        model[f"model{index}"] = chunk.sharded_state_dict(metadata=metadata)
+        model[f"model{index}"] = chunk.module.sharded_state_dict(metadata=metadata)
     state = dict(model)
     if not with_optimizer:
         return state
-    flat = model["model0"] if len(model) == 1 else model
-    state["optimizer"] = job.optimizer.sharded_state_dict(flat, is_loading=loading, metadata=metadata)
+    state["optimizer"] = job.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
     state["balancing"] = job.balancer.sharded_state_dict(groups)
     state["scheduler"] = job.scheduler.state_dict()
     state["train_state"] = dataclasses.asdict(job.state)
@@ -93,7 +92,7 @@ def load_job(job: TrainingJob, root: Path, iteration: int) -> None:
     template = _sharded_state(job, everything, loading=True)
     state = checkpointer.load(iteration, template, partial=not everything)
     for index, chunk in enumerate(job.model):
-        chunk.load_state_dict(state[f"model{index}"], strict=False)  # completeness was checked by the read
+        chunk.module.load_state_dict(state[f"model{index}"], strict=False)  # completeness was checked by the read
     if not everything:
         job.optimizer.reload_model_params()
         return

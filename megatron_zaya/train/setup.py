@@ -27,10 +27,12 @@ from megatron_zaya.data.datasets import Datasets, build_datasets, order_fingerpr
 from megatron_zaya.data.sampler import ResumableSampler, build_dataloader
 from megatron_zaya.model.init import initialise
 from megatron_zaya.model.specs import zaya_layer_spec
-from megatron_zaya.model.transformer_config import zaya_transformer_config
+from megatron_zaya.model.transformer_config import ZayaTransformerConfig, zaya_transformer_config
 from megatron_zaya.model.zaya_model import EMBEDDING, ZayaModel
 from megatron_zaya.optim.balancing import BiasBalancer
 from megatron_zaya.parallel.groups import build_process_groups
+from megatron_zaya.parallel.pipeline import ZayaP2PCommunicator
+from megatron_zaya.plan.layout import pipeline_stages
 from megatron_zaya.preconditions import checkpoint_to_load
 from megatron_zaya.telemetry.console import LiveConsole, PlainConsole
 from megatron_zaya.telemetry.curve import LossCurveSink
@@ -69,37 +71,62 @@ def distributed_world(config: RunConfig, env: RankEnv) -> Iterator[torch.device]
         torch.distributed.destroy_process_group()
 
 
+def _build_stages(
+    config: RunConfig, transformer: ZayaTransformerConfig, pg_collection: ProcessGroupCollection
+) -> list[ZayaModel]:
+    """Return the pipeline stages of this rank, uninitialised, in the order a token passes them."""
+    stages = pipeline_stages(config)
+    size, rank = pg_collection.pp.size(), pg_collection.pp.rank()
+    interleaved = config.parallel.virtual_pipeline_model_parallel_size is not None
+    return [
+        ZayaModel(
+            transformer,
+            zaya_layer_spec(),
+            config.model.vocab_size,
+            config.model.max_position_embeddings,
+            pg_collection,
+            share_embeddings_and_output_weights=config.model.share_embeddings_and_output_weights,
+            pre_process=number == 0,
+            post_process=number == len(stages) - 1,
+            first_layer=stages[number].first_layer,
+            num_local_layers=stages[number].num_layers,
+            vp_stage=index if interleaved else None,
+        )
+        for index, number in enumerate(range(rank, len(stages), size))
+    ]
+
+
 def build_model(
     config: RunConfig, pg_collection: ProcessGroupCollection, device: torch.device
 ) -> list[DistributedDataParallel]:
     """Return the initialised stages of this rank, each wrapped in Megatron-Core's DistributedDataParallel."""
     transformer = zaya_transformer_config(config)
     transformer.calculate_per_token_loss = True
-    model = ZayaModel(
-        transformer,
-        zaya_layer_spec(),
-        config.model.vocab_size,
-        config.model.max_position_embeddings,
-        pg_collection,
-        share_embeddings_and_output_weights=config.model.share_embeddings_and_output_weights,
-    ).to(device)
-    initialise(model, transformer, config.run.seed)
     parallel = config.parallel
-    ddp_config = DistributedDataParallelConfig(
-        use_distributed_optimizer=parallel.use_distributed_optimizer,
-        overlap_grad_reduce=parallel.overlap_grad_reduce,
-        overlap_param_gather=parallel.overlap_param_gather,
-        grad_reduce_in_fp32=parallel.grad_reduce_in_fp32,
-        bucket_size=parallel.ddp_bucket_size,
-    )
-    chunk = DistributedDataParallel(transformer, ddp_config, model, pg_collection=pg_collection)
-    chunk.broadcast_params()
+    chunks = []
+    for index, stage in enumerate(_build_stages(config, transformer, pg_collection)):
+        initialise(stage.to(device), transformer, config.run.seed)
+        ddp_config = DistributedDataParallelConfig(
+            use_distributed_optimizer=parallel.use_distributed_optimizer,
+            overlap_grad_reduce=parallel.overlap_grad_reduce,
+            overlap_param_gather=parallel.overlap_param_gather,
+            grad_reduce_in_fp32=parallel.grad_reduce_in_fp32,
+            bucket_size=parallel.ddp_bucket_size,
+        )
+        # Only the first stage of a rank has its gradients ready early enough to gain from buckets.
+        chunk = DistributedDataParallel(
+            transformer, ddp_config, stage, disable_bucketing=index > 0, pg_collection=pg_collection
+        )
+        chunk.broadcast_params()
+        chunks.append(chunk)
     transformer.finalize_model_grads_func = partial(finalize_model_grads, pg_collection=pg_collection)
     if parallel.overlap_grad_reduce:
-        transformer.no_sync_func = chunk.no_sync
+        no_sync = [chunk.no_sync for chunk in chunks]
+        transformer.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
     if parallel.overlap_param_gather:
-        transformer.param_sync_func = chunk.start_param_sync
-    return [chunk]
+        param_sync = [chunk.start_param_sync for chunk in chunks]
+        transformer.param_sync_func = param_sync if len(chunks) > 1 else param_sync[0]
+    return chunks
 
 
 def build_optimizer(
@@ -156,13 +183,19 @@ def _build_data(config: RunConfig, env: RankEnv) -> Datasets:
     )
 
 
-def _count_parameters(config: RunConfig, pg_collection: ProcessGroupCollection, model: ZayaModel) -> tuple[int, int]:
+def _count_parameters(
+    config: RunConfig, pg_collection: ProcessGroupCollection, model: list[DistributedDataParallel]
+) -> tuple[int, int]:
     """Return the sizes of the whole model: all parameters, and those a token passes without the embedding."""
-    state = model.sharded_state_dict()
-    sizes = {t.key: torch.Size(t.global_shape).numel() for t in state.values() if t.data.requires_grad}
+    described = [tensor for chunk in model for tensor in chunk.module.sharded_state_dict().values()]
+    # The second copy of a tied embedding carries a 1 in its replica number.
+    own = [t for t in described if t.data.requires_grad and t.replica_id[0] == 0]
+    sizes = {tensor.key: torch.Size(tensor.global_shape).numel() for tensor in own}
     experts = sum(size for name, size in sizes.items() if ".mlp.experts." in name)
-    total = sum(sizes.values())
-    return total, total - sizes.get(EMBEDDING, 0) - experts + experts // config.model.num_moe_experts
+    sums = torch.tensor([sum(sizes.values()), experts, sizes.get(EMBEDDING, 0)], device=own[0].data.device)
+    torch.distributed.all_reduce(sums, group=pg_collection.pp)
+    total, experts, embedding = sums.tolist()
+    return total, total - embedding - experts + experts // config.model.num_moe_experts
 
 
 def _build_events(config: RunConfig, env: RankEnv) -> EventStream:
@@ -201,8 +234,7 @@ def build_job(config: RunConfig, env: RankEnv, device: torch.device) -> Training
     model = build_model(config, pg_collection, device)
     optimizer, scheduler = build_optimizer(config, model, pg_collection)
     balancer = BiasBalancer(
-        [layer.mlp.router for chunk in model for layer in chunk.module.layers],
-        model[0].module.first_layer,
+        {layer.layer_number - 1: layer.mlp.router for chunk in model for layer in chunk.module.layers},
         config.optimizer.moe_router_bias_update_rate,
         config.optimizer.skip_expert_target,
     )
@@ -212,14 +244,15 @@ def build_job(config: RunConfig, env: RankEnv, device: torch.device) -> Training
         device=device,
         pg_collection=pg_collection,
         model=model,
+        p2p=ZayaP2PCommunicator(pg_collection.pp, model[0].config),
         optimizer=optimizer,
         scheduler=scheduler,
         balancer=balancer,
-        train_data=iter(()),
+        train_data=[],
         valid_dataset=datasets.valid,
         state=TrainState(data_fingerprint=order_fingerprint(datasets.train)),
         events=EventStream(),
-        parameters=_count_parameters(config, pg_collection, model[0].module),
+        parameters=_count_parameters(config, pg_collection, model),
     )
     start = checkpoint_to_load(config)
     if start is not None:
@@ -233,7 +266,7 @@ def build_job(config: RunConfig, env: RankEnv, device: torch.device) -> Training
             pg_collection.dp.rank(),
             pg_collection.dp.size(),
         )
-        job.train_data = iter(build_dataloader(datasets.train, sampler, config.data.num_workers))
+        job.train_data = [iter(build_dataloader(datasets.train, sampler, config.data.num_workers)) for _ in model]
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, lambda received, frame: setattr(job, "stop_signal", received))
     job.events = _build_events(config, env)

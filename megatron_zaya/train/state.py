@@ -14,6 +14,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_zaya.config import RunConfig
 from megatron_zaya.optim.balancing import BiasBalancer
+from megatron_zaya.parallel.pipeline import ZayaP2PCommunicator
 from megatron_zaya.telemetry.events import EventStream
 
 
@@ -36,10 +37,12 @@ class TrainingJob:
     pg_collection: ProcessGroupCollection
     model: list[DistributedDataParallel]
     """One entry per virtual pipeline stage of this rank."""
+    p2p: ZayaP2PCommunicator
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     balancer: BiasBalancer
-    train_data: Iterator[dict[str, torch.Tensor]]
+    train_data: list[Iterator[dict[str, torch.Tensor]]]
+    """The same batches once for each entry of ``model``."""
     valid_dataset: Any
     state: TrainState
     events: EventStream

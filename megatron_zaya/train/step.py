@@ -44,16 +44,18 @@ def forward_step(data: Iterator[dict[str, Tensor]], model: torch.nn.Module, devi
     return output, partial(_token_loss, batch["loss_mask"])
 
 
-def _run_schedule(job: TrainingJob, data: Iterator, num_microbatches: int, forward_only: bool) -> Tensor:
+def _run_schedule(job: TrainingJob, data: list[Iterator], num_microbatches: int, forward_only: bool) -> Tensor:
     """Run all micro-batches; return [loss sum, tokens] of this rank in fp64 (zero unless on the last stage)."""
+    interleaved = len(job.model) > 1
     losses = get_forward_backward_func()(
         forward_step_func=partial(forward_step, device=job.device),
-        data_iterator=[data] * len(job.model) if len(job.model) > 1 else data,
-        model=job.model if len(job.model) > 1 else job.model[0],
+        data_iterator=data if interleaved else data[0],
+        model=job.model if interleaved else job.model[0],
         num_microbatches=num_microbatches,
         seq_length=job.config.data.seq_length,
         micro_batch_size=job.config.schedule.micro_batch_size,
         forward_only=forward_only,
+        p2p_communicator=job.p2p,
         pg_collection=job.pg_collection,
     )
     zero = torch.zeros(2, dtype=torch.float64, device=job.device)
@@ -68,6 +70,29 @@ def _take_router_counts(job: TrainingJob) -> Tensor:
     return counts_LN
 
 
+def _reduce_over_tokens(job: TrainingJob, loss: Tensor, counts_LN: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum over the ranks that hold different tokens; every rank gets the loss, and the counts of its own layers."""
+    groups = job.pg_collection
+    report = torch.cat([loss, counts_LN.double().flatten()])
+    torch.distributed.all_reduce(report, group=groups.dp_cp)
+    loss, counts_LN = report[:2].clone(), report[2:].view_as(counts_LN)
+    torch.distributed.all_reduce(loss, group=groups.pp)
+    if job.config.parallel.sequence_parallel:  # the routers of a tensor-parallel group see parts of the sequence
+        torch.distributed.all_reduce(counts_LN, group=groups.tp)
+    return loss, counts_LN
+
+
+def _summarise(job: TrainingJob, counts_LN: Tensor) -> tuple[float, float, int]:
+    """Return the skip rate, the load of the busiest expert over all stages, and the signal that any rank received."""
+    experts_LE = counts_LN[:, :-1]
+    even_share_L = experts_LE.sum(dim=1).clamp_min(1) / experts_LE.shape[1]
+    sums = torch.stack([counts_LN[:, -1].sum(), counts_LN.sum()])
+    torch.distributed.all_reduce(sums, group=job.pg_collection.pp)
+    peaks = torch.stack([(experts_LE.amax(dim=1) / even_share_L).max(), sums.new_tensor(job.stop_signal)])
+    torch.distributed.all_reduce(peaks, op=torch.distributed.ReduceOp.MAX)
+    return (sums[0] / sums[1]).item(), peaks[0].item(), int(peaks[1].item())
+
+
 def train_step(job: TrainingJob) -> StepResult:
     """Run one optimizer step. Collective.
 
@@ -80,14 +105,10 @@ def train_step(job: TrainingJob) -> StepResult:
     loss = _run_schedule(job, job.train_data, job.num_microbatches, forward_only=False)
     iteration = job.state.iteration + 1
 
-    # One reduction tells every rank the loss, the router's load and whether any rank was asked to stop.
     counts_LN = _take_router_counts(job)
-    stop = torch.tensor([float(job.stop_signal)], dtype=torch.float64, device=job.device)
-    report = torch.cat([loss, counts_LN.double().flatten()])
-    torch.distributed.all_reduce(report, group=job.pg_collection.dp_cp)
-    torch.distributed.all_reduce(stop, op=torch.distributed.ReduceOp.MAX)
-    mean_loss = (report[0] / report[1]).item()
-    if not torch.isfinite(report[0]):
+    loss, counts_LN = _reduce_over_tokens(job, loss, counts_LN)
+    mean_loss = (loss[0] / loss[1]).item()
+    if not torch.isfinite(loss[0]):
         raise TrainingError(
             f"iteration {iteration}: the loss is {mean_loss}; the parameters are those of iteration {iteration - 1}. "
             "Lower optimizer.lr, or look at the data of this step"
@@ -95,21 +116,19 @@ def train_step(job: TrainingJob) -> StepResult:
     updated, grad_norm, _ = job.optimizer.step()
     if not updated or not torch.isfinite(torch.tensor(grad_norm)):
         raise TrainingError(f"iteration {iteration}: the gradient norm is {grad_norm}; lower optimizer.lr")
-    counts_LN = report[2:].view_as(counts_LN)
     job.balancer.step(counts_LN, iteration)
     job.scheduler.step(increment=1)
     job.state.iteration = iteration
     job.state.consumed_samples += job.config.schedule.global_batch_size
 
-    experts_LE = counts_LN[:, :-1]
-    even_share_L = experts_LE.sum(dim=1).clamp_min(1) / experts_LE.shape[1]
+    skip_rate, max_expert_load, stop_signal = _summarise(job, counts_LN)
     return StepResult(
         loss=mean_loss,
-        tokens=int(report[1].item()),
+        tokens=int(loss[1].item()),
         grad_norm=float(grad_norm),
-        skip_rate=(counts_LN[:, -1].sum() / counts_LN.sum()).item(),
-        max_expert_load=(experts_LE.amax(dim=1) / even_share_L).max().item(),
-        stop_signal=int(stop.item()),
+        skip_rate=skip_rate,
+        max_expert_load=max_expert_load,
+        stop_signal=stop_signal,
     )
 
 
@@ -117,13 +136,17 @@ def train_step(job: TrainingJob) -> StepResult:
 def evaluate(job: TrainingJob) -> tuple[float, int]:
     """Return the mean loss over the first `eval_iters` global batches of held-out text, and its tokens. Collective."""
     schedule = job.config.schedule
-    data = evaluation_batches(
-        job.valid_dataset, schedule.micro_batch_size, job.pg_collection.dp.rank(), job.data_parallel_size
-    )
+    data = [
+        evaluation_batches(
+            job.valid_dataset, schedule.micro_batch_size, job.pg_collection.dp.rank(), job.data_parallel_size
+        )
+        for _ in job.model
+    ]
     for chunk in job.model:
         chunk.eval()
     loss = _run_schedule(job, data, job.num_microbatches * schedule.eval_iters, forward_only=True)
     for chunk in job.model:
         chunk.train()
     torch.distributed.all_reduce(loss, group=job.pg_collection.dp_cp)
+    torch.distributed.all_reduce(loss, group=job.pg_collection.pp)
     return (loss[0] / loss[1]).item(), int(loss[1].item())

@@ -95,10 +95,3 @@ def test_schema_describes_every_section():
     assert set(schema["properties"]) == set(RunConfig.model_fields)
     assert schema["additionalProperties"] is False
     assert "Key-value heads." in schema["$defs"]["ModelConfig"]["properties"]["num_query_groups"]["description"]
-
-
-def test_data_parallel_size():
-    config = load_config(SMOKE)
-    assert config.data_parallel_size(2) == 2
-    with pytest.raises(ConfigError, match="must be a multiple of"):
-        config.data_parallel_size(3)

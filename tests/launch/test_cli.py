@@ -38,8 +38,12 @@ def tree(folder: Path) -> dict[Path, float]:
         (["checkpoint.load_iteration=7"], "checkpoint.load"),
         (["data.tokenizer_model={tmp}/tokenizer"], "tokenizer"),
         (["data.seq_length=100"], "data.seq_length=100 is beyond model.max_position_embeddings=64"),
-        (["schedule.global_batch_size=7", "schedule.micro_batch_size=1"], "must be a multiple of"),
-        (["parallel.tensor_model_parallel_size=2"], "tensor_model_parallel_size"),
+        (
+            ["schedule.global_batch_size=7", "schedule.micro_batch_size=1"],
+            "is not divided by micro_batch_size x data-parallel size=2",
+        ),
+        (["parallel.tensor_model_parallel_size=2"], "model.num_query_groups=1 is not divided by"),
+        (["parallel.context_parallel_size=2"], "context parallelism is not there yet"),
     ],
 )
 def test_bad_input_is_one_message_in_seconds_and_writes_nothing(run_file, tmp_path, overrides, message):  # noqa: F811

@@ -18,7 +18,7 @@ def routers(pg_collection):
 
 
 def test_steps_are_those_of_torch_adam(routers):
-    balancer = BiasBalancer(routers, 0, update_rate=0.01, skip_target=0.1)
+    balancer = BiasBalancer(dict(enumerate(routers)), update_rate=0.01, skip_target=0.1)
     reference = torch.nn.Parameter(torch.stack([r.balancing_bias.clone() for r in routers]))
     adam = torch.optim.AdamW([reference], lr=0.01, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     target = torch.tensor([0.9 / 7] * 7 + [0.1])
@@ -32,13 +32,13 @@ def test_steps_are_those_of_torch_adam(routers):
 
 def test_a_rate_of_zero_freezes_the_biases(routers):
     before = [r.balancing_bias.clone() for r in routers]
-    BiasBalancer(routers, 0, 0.0, None).step(torch.ones(2, 8), 1)
+    BiasBalancer(dict(enumerate(routers)), 0.0, None).step(torch.ones(2, 8), 1)
     assert all(torch.equal(a, r.balancing_bias) for a, r in zip(before, routers, strict=True))
 
 
 def test_a_skewed_router_is_brought_to_even_load(routers):
     """Normalised load entropy above 0.98 on a stream whose probabilities favour two experts."""
-    balancer = BiasBalancer(routers[:1], 0, update_rate=5e-3, skip_target=None)
+    balancer = BiasBalancer({0: routers[0]}, update_rate=5e-3, skip_target=None)
     generator = torch.Generator().manual_seed(3)
     skew = torch.tensor([3.0, 2.0, 0, 0, 0, 0, -1.0, 0])
 
@@ -57,13 +57,13 @@ def test_a_skewed_router_is_brought_to_even_load(routers):
 
 
 def test_the_state_returns_from_a_checkpoint(routers, pg_collection):
-    balancer = BiasBalancer(routers, 4, 0.01, None)
+    balancer = BiasBalancer(dict(zip((4, 5), routers, strict=True)), 0.01, None)
     balancer.step(torch.randint(1, 50, (2, 8)).double(), 1)
     described = balancer.sharded_state_dict(pg_collection)
     assert {t.key for t in described.values()} == {
         f"balancing.{m}.{layer}" for m in ("exp_avg", "exp_avg_sq") for layer in (4, 5)
     }
-    other = BiasBalancer(routers, 4, 0.01, None)
+    other = BiasBalancer(dict(zip((4, 5), routers, strict=True)), 0.01, None)
     other.load_state_dict({name: tensor.data.clone() for name, tensor in described.items()})
     assert torch.equal(other.exp_avg_LN, balancer.exp_avg_LN)
     assert torch.equal(other.exp_avg_sq_LN, balancer.exp_avg_sq_LN)

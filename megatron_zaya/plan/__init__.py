@@ -1,0 +1,1 @@
+"""Which layouts are possible, and (one day) what they cost. Pure: no torch."""
