@@ -210,6 +210,7 @@ class CompressedConvolutionalAttention(MegatronModule):
             tp_group=pg_collection.tp,
             **common,
         )
+        describe_shard(self.linear_proj.weight, {1: pg_collection.tp})
 
     def _convolve(self, qk_SBC: Tensor) -> Tensor:
         q, k = dict(self.conv_q.named_parameters()), dict(self.conv_k.named_parameters())

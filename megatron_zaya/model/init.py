@@ -77,14 +77,14 @@ def initialise(model: nn.Module, config: ZayaTransformerConfig, seed: int) -> No
     """Fill every parameter of ``model`` (a ZayaModel stage) in place.
 
     Args:
-        model: has ``named_global_parameters()`` and ``pg_collection``.
+        model: has ``named_global_parameters()``.
         config: its transformer configuration.
         seed: the run's seed.
     """
     table = initialisation_table(config)
     for name, parameter in model.named_global_parameters():
         fill = next(rule for pattern, rule in table if fnmatch.fnmatchcase(name, pattern))
-        groups = shard_groups(parameter, model.pg_collection)
+        groups = shard_groups(parameter)
         if is_expert(parameter):
             first = groups[0].rank() * parameter.shape[0]
             within = {axis - 1: group for axis, group in groups.items() if axis > 0}

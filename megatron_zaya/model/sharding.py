@@ -1,7 +1,7 @@
 """How each parameter of the model is split over ranks: said once, read by initialisation and by checkpoints.
 
 Invariant: a parameter has one global name and shape whatever the layout. `parameter.shard_groups` maps an axis to the
-process group that splits it in equal contiguous parts; parameters made by Megatron-Core carry its own attributes.
+process group that splits it in equal contiguous parts; what has no such attribute is the same on every rank.
 """
 
 from __future__ import annotations
@@ -21,13 +21,9 @@ def describe_shard(parameter: Tensor, groups: Mapping[int, ProcessGroup]) -> Non
     set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=max(groups), stride=1)
 
 
-def shard_groups(parameter: Tensor, pg_collection: ProcessGroupCollection) -> dict[int, ProcessGroup]:
+def shard_groups(parameter: Tensor) -> dict[int, ProcessGroup]:
     """Return the process group that splits each split axis of ``parameter``."""
-    if hasattr(parameter, "shard_groups"):
-        return parameter.shard_groups
-    if getattr(parameter, "tensor_model_parallel", False):
-        return {parameter.partition_dim: pg_collection.tp}
-    return {}
+    return getattr(parameter, "shard_groups", {})
 
 
 def is_expert(parameter: Tensor) -> bool:
@@ -44,7 +40,7 @@ def sharded_tensor(name: str, tensor: Tensor, pg_collection: ProcessGroupCollect
         pg_collection: the process groups of the model.
         copy: 0, or 1 for the second copy of a parameter that is tied across pipeline stages.
     """
-    groups = shard_groups(tensor, pg_collection)
+    groups = shard_groups(tensor)
     offsets = [(axis, group.rank(), group.size()) for axis, group in sorted(groups.items())]
     if is_expert(tensor):
         replica = (copy, 0, pg_collection.expt_dp.rank())

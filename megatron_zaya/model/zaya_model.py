@@ -21,7 +21,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from torch import Tensor, nn
 
 from megatron_zaya.model.residual import InputScaling, RMSNorm
-from megatron_zaya.model.sharding import sharded_tensor
+from megatron_zaya.model.sharding import describe_shard, sharded_tensor
 from megatron_zaya.model.transformer_config import ZayaTransformerConfig
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -56,6 +56,7 @@ class ZayaModel(LanguageModule):
             self.embedding = LanguageModelEmbedding(
                 config, vocab_size, max_sequence_length, position_embedding_type="rope", tp_group=pg_collection.tp
             )
+            describe_shard(self.embedding.word_embeddings.weight, {0: pg_collection.tp})
             self.input_scaling = InputScaling(config)
         count = config.num_layers if num_local_layers is None else num_local_layers
         self.layers = nn.ModuleList(
@@ -77,6 +78,8 @@ class ZayaModel(LanguageModule):
                 skip_weight_param_allocation=pre_process and share_embeddings_and_output_weights,
                 tp_group=pg_collection.tp,
             )
+            if self.output_layer.weight is not None:
+                describe_shard(self.output_layer.weight, {0: pg_collection.tp})
         if pre_process or post_process:
             self.setup_embeddings_and_output_layer()
 

@@ -67,7 +67,7 @@ def layout_problems(config: RunConfig, world_size: int) -> list[str]:
     sizes = p.pipeline_model_parallel_layout
     if sizes is not None and (len(sizes) != pp * (vp or 1) or sum(sizes) != m.num_layers):
         problems.append(
-        problems.append("tensor_model_parallel_size > 1 needs sequence_parallel=true: experts see each token once")
+            f"pipeline_model_parallel_layout={sizes} must be {pp * (vp or 1)} stages with {m.num_layers} layers in all"
         )
     elif sizes is None and pp * (vp or 1) > m.num_layers:
         problems.append(f"{pp * (vp or 1)} pipeline stages for model.num_layers={m.num_layers}")

@@ -1,0 +1,189 @@
+"""Every layout computes what one rank computes: logits, every gathered gradient, and a 20-step loss curve (fp32).
+
+The layouts are data (layouts.py); this is the one runner. Ranks of equal number share their processes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from megatron_zaya.config import load_config
+from tests.distributed.layouts import LAYOUTS
+from tests.ranks import run_ranks
+from tests.train.conftest import run_file as make_run_file
+from tests.train.conftest import text_prefix  # noqa: F401 (fixture)
+
+TOLERANCE = 1e-5
+STEPS = 20
+
+
+def measure(run_file: Path, layouts: dict[str, dict]) -> dict[str, dict]:
+    """Run on each rank: for every layout, this rank's shards of logits and gradients, and the curve of 20 steps."""
+    from megatron.core import parallel_state
+
+    from launch.env import read_rank_env
+    from megatron_zaya.plan.layout import check_layout
+    from megatron_zaya.train.setup import build_job, distributed_world
+
+    env = read_rank_env()
+    results = {}
+    with distributed_world(load_config(run_file), env) as device:
+        for name, parallel in layouts.items():
+            overrides = [f"run.name={name}", *(f"parallel.{key}={value}" for key, value in parallel.items())]
+            # Whole gradients stay on the ranks when optimizer state is not sharded.
+            whole = load_config(run_file, [*overrides, "parallel.use_distributed_optimizer=false"])
+            check_layout(whole, env.world_size)
+            job = build_job(whole, env, device)
+            result = {"logits": logits_of(job), "gradients": gradients_of(job)}
+            parallel_state.destroy_model_parallel()
+            job = build_job(load_config(run_file, overrides), env, device)
+            result["curve"] = curve_of(job)
+            parallel_state.destroy_model_parallel()
+            results[name] = result
+    return results
+
+
+def logits_of(job) -> list[tuple[int, np.ndarray]]:
+    """Return (data-parallel rank, tensor-parallel rank, logits) of the first micro-batch, on the last stage."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from megatron_zaya.data.sampler import evaluation_batches
+
+    groups = job.pg_collection
+    batches = [evaluation_batches(job.valid_dataset, 1, groups.dp.rank(), groups.dp.size()) for _ in job.model]
+
+    def forward(data, model):
+        batch = next(data)
+        return model(batch["tokens"], batch["position_ids"], None), lambda logits, non_loss_data: logits
+
+    for chunk in job.model:
+        chunk.eval()
+    out = get_forward_backward_func()(
+        forward_step_func=forward,
+        data_iterator=batches if len(batches) > 1 else batches[0],
+        model=job.model if len(job.model) > 1 else job.model[0],
+        num_microbatches=job.num_microbatches,
+        seq_length=job.config.data.seq_length,
+        micro_batch_size=1,
+        forward_only=True,
+        collect_non_loss_data=True,
+        p2p_communicator=job.p2p,
+        pg_collection=groups,
+    )
+    for chunk in job.model:
+        chunk.train()
+    # Micro-batch i of data-parallel rank r is sample i * dp + r.
+    size = groups.dp.size()
+    return [(i * size + groups.dp.rank(), groups.tp.rank(), x.numpy()) for i, x in enumerate(out)]
+
+
+def gradients_of(job) -> dict[str, tuple]:
+    """Return for each parameter of this rank: global shape, offset of its shard, gradient over the global batch."""
+    from megatron_zaya.train.step import _run_schedule
+
+    for chunk in job.model:
+        chunk.zero_grad_buffer()
+    _run_schedule(job, job.train_data, job.num_microbatches, forward_only=False)
+    shards = []
+    for chunk in job.model:
+        described = chunk.module.sharded_state_dict()
+        for name, parameter in chunk.module.named_parameters():
+            tensor = described[name]
+            shards.append((tensor.key, tensor.global_shape, tensor.global_offset, parameter.main_grad.numpy().copy()))
+    return shards
+
+
+def curve_of(job) -> list[tuple[float, float, float]]:
+    from megatron_zaya.train.step import train_step
+
+    results = [train_step(job) for _ in range(STEPS)]
+    return [(r.loss, r.grad_norm, r.max_expert_load) for r in results]
+
+
+def assemble_gradients(ranks: list[dict]) -> dict[str, np.ndarray]:
+    """Put the shards of all ranks together; copies of one shard must agree on every rank."""
+    whole: dict[str, np.ndarray] = {}
+    for shards in ranks:
+        for key, shape, offset, gradient in shards:
+            target = whole.setdefault(key, np.full(shape, np.nan, dtype=np.float32))
+            part = target[tuple(slice(o, o + n) for o, n in zip(offset, gradient.shape, strict=True))]
+            if np.isnan(part).all():
+                part[...] = gradient
+            else:
+                assert_close(gradient, part, f"copies of {key}")
+    assert not any(np.isnan(gradient).any() for gradient in whole.values())
+    return whole
+
+
+def assemble_logits(ranks: list[list]) -> dict[int, np.ndarray]:
+    parts: dict[int, dict[int, np.ndarray]] = {}
+    for shards in ranks:
+        for sample, tp_rank, logits in shards:
+            parts.setdefault(sample, {})[tp_rank] = logits
+    return {sample: np.concatenate([p[r] for r in sorted(p)], axis=-1) for sample, p in parts.items()}
+
+
+def assert_close(ours: np.ndarray, theirs: np.ndarray, what: str) -> None:
+    scale = np.abs(theirs).max()
+    error = np.abs(ours - theirs).max()
+    assert error <= TOLERANCE * scale, f"{what}: {error / scale if scale else error:.2e}"
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory, text_prefix):  # noqa: F811
+    """Results by layout: whole gradients, whole logits, curve. "one" is the reference."""
+    path = make_run_file.__wrapped__(tmp_path_factory.mktemp("layouts"), text_prefix)
+    tree = yaml.safe_load(path.read_text())
+    tree["model"] |= dict(num_layers=4, num_attention_heads=4, num_query_groups=2, num_moe_experts=4)
+    tree["model"] |= dict(layer_types=["full", "sliding", "full", "sliding"], sliding_window=9, skip_expert_bias=0.0)
+    tree["schedule"] |= dict(train_iters=STEPS + 1, micro_batch_size=1, eval_interval=100, eval_iters=1)
+    tree["optimizer"] = {"lr": 1e-3, "min_lr": 1e-3}
+    path.write_text(yaml.safe_dump(tree))
+    results = {}
+    worlds = {1: {"one": {}}}
+    for name, (world, parallel) in LAYOUTS.items():
+        worlds.setdefault(world, {})[name] = parallel
+    for world, layouts in worlds.items():
+        ranks = run_ranks(measure, world, path, layouts)
+        for name in layouts:
+            results[name] = {
+                "gradients": assemble_gradients([rank[name]["gradients"] for rank in ranks]),
+                "logits": assemble_logits([rank[name]["logits"] for rank in ranks]),
+                "curve": ranks[0][name]["curve"],
+            }
+    return results
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_logits_equal_those_of_one_rank(measured, layout):
+    ours, one = measured[layout]["logits"], measured["one"]["logits"]
+    assert set(ours) == set(one)
+    for sample, logits in one.items():
+        assert_close(ours[sample], logits, f"sample {sample}")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_gathered_gradient_equals_that_of_one_rank(measured, layout):
+    ours, one = measured[layout]["gradients"], measured["one"]["gradients"]
+    assert set(ours) == set(one)
+    for name, gradient in one.items():
+        assert_close(ours[name], gradient, name)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_twenty_steps_equal_those_of_one_rank(measured, layout):
+    ours, one = np.array(measured[layout]["curve"]), np.array(measured["one"]["curve"])
+    np.testing.assert_allclose(ours[:, 0], one[:, 0], rtol=TOLERANCE)
+    np.testing.assert_allclose(ours[:, 1], one[:, 1], rtol=10 * TOLERANCE)
+
+
+def test_the_reference_exercises_experts_and_the_skip_class(measured):
+    one = measured["one"]
+    curve = np.array(one["curve"])
+    assert curve[-1, 0] < curve[0, 0]
+    experts = np.abs(one["gradients"]["layers.1.mlp.experts.linear_fc1"]).reshape(4, -1).max(axis=1)
+    assert (experts > 0).sum() >= 2
