@@ -144,6 +144,42 @@ def _patch_torch() -> None:
     tensor.pin_memory = lambda self, *args, **kwargs: self
     tensor.to = _tensor_to(tensor.to)
     tensor.type = _tensor_type(tensor.type)
+    distributed: Any = torch.distributed
+    distributed.all_gather = _uneven_all_gather(distributed.all_gather)
+    distributed.reduce_scatter = _uneven_reduce_scatter(distributed.reduce_scatter)
+
+
+def _uneven_all_gather(original: Callable[..., Any]) -> Callable[..., Any]:
+    """NCCL gathers parts of different lengths, gloo does not: then every rank broadcasts its part."""
+
+    @functools.wraps(original)
+    def all_gather(tensor_list: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, **kwargs: Any) -> Any:
+        if len({part.shape for part in tensor_list}) == 1:
+            return original(tensor_list, tensor, group=group, **kwargs)
+        for rank, part in enumerate(tensor_list):
+            if rank == torch.distributed.get_rank(group):
+                part.copy_(tensor)
+            torch.distributed.broadcast(part, group=group, group_src=rank)
+        return None
+
+    return all_gather
+
+
+def _uneven_reduce_scatter(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The mirror of the uneven gather: one reduction per rank's part."""
+
+    @functools.wraps(original)
+    def reduce_scatter(output: torch.Tensor, input_list: list[torch.Tensor], group: Any = None, **kwargs: Any) -> Any:
+        if len({part.shape for part in input_list}) == 1:
+            return original(output, input_list, group=group, **kwargs)
+        for rank, part in enumerate(input_list):
+            part = part.clone()
+            torch.distributed.reduce(part, group=group, group_dst=rank)
+            if rank == torch.distributed.get_rank(group):
+                output.copy_(part)
+        return None
+
+    return reduce_scatter
 
 
 @functools.cache

@@ -47,8 +47,8 @@ def measure(run_file: Path, layouts: dict[str, dict]) -> dict[str, dict]:
     return results
 
 
-def logits_of(job) -> list[tuple[int, np.ndarray]]:
-    """Return (data-parallel rank, tensor-parallel rank, logits) of the first micro-batch, on the last stage."""
+def logits_of(job) -> list[tuple[int, int, np.ndarray]]:
+    """Return (sample, tensor-parallel rank, logits) of every micro-batch, on the last stage."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from megatron_zaya.data.sampler import evaluation_batches
@@ -78,7 +78,7 @@ def logits_of(job) -> list[tuple[int, np.ndarray]]:
         chunk.train()
     # Micro-batch i of data-parallel rank r is sample i * dp + r.
     size = groups.dp.size()
-    return [(i * size + groups.dp.rank(), groups.tp.rank(), x.numpy()) for i, x in enumerate(out)]
+    return [(i * size + groups.dp.rank(), groups.tp.rank(), x.detach().numpy()) for i, x in enumerate(out)]
 
 
 def gradients_of(job) -> dict[str, tuple]:
