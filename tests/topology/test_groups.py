@@ -1,7 +1,7 @@
 """The derived communicators are those that the real megatron.core.parallel_state creates.
 
-A fake process group of the full world lets Megatron build every group in one process; its own `create_group` is
-wrapped to write down the members it is called with, and still creates the group.
+A fake process group of the full world lets Megatron build every group in one process; its own `create_group`
+is wrapped to write down the members it is called with, and still creates the group.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+
 from topology.groups import derive_groups
 from topology.plan import Plan
 
@@ -43,7 +44,8 @@ OF_DESCRIPTION = {
 LAYOUTS: list[dict[str, Any]] = [
     {"world_size": 8},
     {"world_size": 8, "tensor_model_parallel_size": 2, "expert_model_parallel_size": 4},
-    {"world_size": 16, "tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "context_parallel_size": 2},
+    {"world_size": 16, "tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2,
+     "context_parallel_size": 2},
     {"world_size": 24, "pipeline_model_parallel_size": 3, "tensor_model_parallel_size": 2},
     {"world_size": 64, "expert_model_parallel_size": 16, "num_distributed_optimizer_instances": 2},
     {"world_size": 64, "tensor_model_parallel_size": 4, "expert_tensor_parallel_size": 1,
@@ -51,8 +53,8 @@ LAYOUTS: list[dict[str, Any]] = [
     {"world_size": 64, "context_parallel_size": 8, "hierarchical_context_parallel_sizes": [2, 4]},
     {"world_size": 64, "order": "tp-cp-ep-pp-dp", "tensor_model_parallel_size": 2,
      "pipeline_model_parallel_size": 4, "expert_model_parallel_size": 1},
-    {"world_size": 128, "order": "tp-ep-cp-dp-pp", "tensor_model_parallel_size": 2, "context_parallel_size": 4,
-     "expert_model_parallel_size": 8, "expert_tensor_parallel_size": 2, "pipeline_model_parallel_size": 2,
+    {"world_size": 128, "order": "tp-ep-cp-dp-pp", "tensor_model_parallel_size": 2,
+     "context_parallel_size": 4, "expert_model_parallel_size": 8, "expert_tensor_parallel_size": 2, "pipeline_model_parallel_size": 2,
      "num_distributed_optimizer_instances": 2},
     {"world_size": 256, "pipeline_model_parallel_size": 8, "virtual_pipeline_model_parallel_size": 2,
      "tensor_model_parallel_size": 8},
