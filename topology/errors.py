@@ -1,7 +1,7 @@
 """The one exception that users see: what is wrong, where, the value, and the remedy.
 
-Invariant: everything the command line reports as a user error is a `TopologyError`; anything else is a bug of
-ours and keeps its traceback.
+Invariant: everything the command line reports as a user error is a `TopologyError`; anything else is a
+bug of ours and keeps its traceback.
 """
 
 from __future__ import annotations

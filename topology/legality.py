@@ -1,9 +1,9 @@
 """Proof, per communicator, that every pair of its ranks can talk over the fabric.
 
-Rule (https://github.com/NVIDIA/nccl/issues/836): rank a on node A reaches rank b on another node when their NICs
-share a routing domain, or, with PXN on, when some member of the same communicator on A has its NIC in b's
-domain. Over all ordered pairs that is equivalent to: one domain for all members, or the same set of domains on
-every node. Invariant: an illegal verdict carries the pair of ranks that proves it.
+Rule (https://github.com/NVIDIA/nccl/issues/836): rank a on node A reaches rank b on another node when
+their NICs share a routing domain, or, with PXN on, when some member of the same communicator on A has its
+NIC in b's domain. Over all ordered pairs that is equivalent to: one domain for all members, or the same
+set of domains on every node. Invariant: an illegal verdict carries the pair of ranks that proves it.
 """
 
 from __future__ import annotations

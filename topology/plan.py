@@ -23,14 +23,15 @@ _BATCH_KEYS = ("micro_batch_size", "global_batch_size")
 class Workload(BaseModel):
     """What one step moves. Defaults are ZAYA1-8B (https://arxiv.org/abs/2511.17127).
 
-    `dense_parameters` and `expert_parameters` count the whole model; `skew` is the load of the busiest expert
-    rank over the mean (1 = perfectly balanced routing).
+    `dense_parameters` and `expert_parameters` count the whole model; `skew` is the load of the busiest
+    expert rank over the mean (1 = perfectly balanced routing).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     num_layers: Degree = 40
     hidden_size: Degree = 2048
+    vocab_size: Degree = 262272
     seq_length: Degree = 4096
     micro_batch_size: Degree = 1
     global_batch_size: Degree = 1024
