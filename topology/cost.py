@@ -10,7 +10,6 @@ from two nodes up.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil, inf, log2
 
@@ -223,9 +222,9 @@ class CostModel:
     def all_to_all(self, size_bytes: float, shape: GroupShape, *, relay: bool, skew: float = 1.0) -> float:
         """All-to-all; `size_bytes` is what one rank sends in all, its own share included.
 
-        Flat: every pair talks directly, so flows of different rails collide. With relay (PXN) data first
-        hops to the peer GPU on the target's rail (https://developer.nvidia.com/blog/, NCCL 2.12): one
-        flow per node and rail, no collisions, and one xGMI link per pair carries the hop.
+        Flat: every pair talks directly, so flows of different rails collide. With relay (PXN, NCCL 2.12)
+        data first hops to the peer GPU on the target's rail: one flow per node and rail, no collisions,
+        and one xGMI link per pair carries the hop.
         """
         if shape.ranks == 1:
             return 0.0
@@ -247,7 +246,7 @@ class CostModel:
     def dispatch_logical_bytes(self, token_bytes: float, nodes: int, routing: Routing) -> float:
         """Bytes counted once per (token, node visited), own node included: the usual logical volume."""
         reachable = min(nodes, routing.node_limit or nodes)
-        return token_bytes * reachable * (1 - (1 - 1 / reachable) ** routing.topk)
+        return token_bytes * reachable * (1 - float((1 - 1 / reachable) ** routing.topk))
 
     def dispatch(self, token_bytes: float, shape: GroupShape, routing: Routing) -> float:
         """Hierarchical expert dispatch: once per node over the own rail, then to the GPUs of that node.
@@ -257,7 +256,7 @@ class CostModel:
         """
         logical = self.dispatch_logical_bytes(token_bytes, shape.nodes, routing) * routing.skew
         per_node = logical / token_bytes / routing.skew
-        fanout = shape.per_node * (1 - (1 - 1 / shape.per_node) ** (routing.topk / per_node))
+        fanout = shape.per_node * (1 - float((1 - 1 / shape.per_node) ** (routing.topk / per_node)))
         inside = GroupShape(1, max(shape.per_node, 2))
         forward = fanout * logical / self.egress(inside, "bulk")
         constants, fitted = self.parameters.constants.bulk, self.parameters.fitted
@@ -276,10 +275,15 @@ class CostModel:
             return self.dispatch(size_bytes, shape, routing)
         if op in ("all_to_all_flat", "all_to_all_relay"):
             return self.all_to_all(size_bytes, shape, relay=op == "all_to_all_relay", skew=routing.skew)
-        if op not in OPS:
-            raise KeyError(op)
-        method: Callable[[float, GroupShape], float] = getattr(self, op)
-        return method(size_bytes, shape)
+        methods = {
+            "all_reduce": self.all_reduce,
+            "reduce_scatter": self.reduce_scatter,
+            "all_gather": self.all_gather,
+            "broadcast": self.broadcast,
+            "send_recv": self.send_recv,
+            "all_reduce_two_level": self.all_reduce_two_level,
+        }
+        return methods[op](size_bytes, shape)
 
 
 def bus_factor(op: str, ranks: int) -> float:

@@ -179,7 +179,7 @@ def _pack(groups: SlotGroups, leaves: list[list[int]], needed: int) -> IntArray:
 
 
 def _improve(model: StepModel, slots: IntArray, usable: IntArray, bound: float) -> tuple[IntArray, int]:
-    """Random swaps between leaves (seeded), kept when they help; stops at the bound. Returns the swap count."""
+    """Random swaps between leaves (seeded), kept when they help; also returns how many were kept."""
     rng = np.random.default_rng(0)
     leaf = model.fabric.leaf_group
     pool = np.concatenate([slots, np.setdiff1d(usable, slots)])

@@ -20,6 +20,9 @@ from topology.plan import Plan
 KV_WIDTH = 0.25  # keys and values together over the hidden size, for context parallel gathers
 
 
+BALANCED = Routing()
+
+
 @dataclass(frozen=True)
 class Flow:
     """`calls` times per step the operation `op` with `size_bytes` on every group of `kind`."""
@@ -28,7 +31,7 @@ class Flow:
     op: str
     size_bytes: float
     calls: int
-    routing: Routing = Routing()
+    routing: Routing = BALANCED
 
 
 def step_flows(plan: Plan) -> list[Flow]:
@@ -152,18 +155,20 @@ class StepModel:
         nodes = rows.shape[1]
         if nodes == 1:
             return GroupShape(1, groups.per_node), 0.0
-        ahead = np.roll(rows, -1, axis=1)
-        crossing = rows != ahead
-        if kind == "pp":
-            crossing[:, -1] = False  # a pipeline is a chain, not a ring
-        per_group = crossing.sum(axis=1)
-        load = np.bincount(
-            rows[crossing], weights=np.repeat(groups.copies, per_group) * groups.per_node, minlength=1
-        )
+        if kind == "ep":  # all-to-all: every node talks to every other one
+            away = (rows[:, :, None] != rows[:, None, :]).mean(axis=2) * nodes / (nodes - 1)
+            hops = (away > 0).any(axis=1).astype(np.int64)
+        else:  # rings; a pipeline is a chain
+            away = (rows != np.roll(rows, -1, axis=1)).astype(np.float64)
+            if kind == "pp":
+                away[:, -1] = 0.0
+            hops = away.sum(axis=1).astype(np.int64)
+        weight = away * groups.copies[:, None]
+        load = np.bincount(rows.ravel(), weights=weight.ravel()) * groups.per_node
         lanes = float(load.max(initial=0.0)) / self.fabric.rails
         share = min(1.0, self._uplink_lanes / lanes) if lanes else 1.0
-        shape = GroupShape(nodes, groups.per_node, int(per_group.max()), share)
-        return shape, float((per_group * groups.copies).sum() / (nodes * groups.copies.sum()))
+        shape = GroupShape(nodes, groups.per_node, int(hops.max()), share)
+        return shape, float(weight.sum() / (nodes * groups.copies.sum()))
 
     @property
     def _uplink_lanes(self) -> float:

@@ -36,7 +36,7 @@ rails: {{count: {rails}, leaves_per_rail: {leaves}, nodes_per_leaf: {-(-nodes //
 
 
 def brute_force(fabric: Fabric, members: list[int], pxn: bool) -> bool:
-    """Walk the cables: GPU -> own NIC -> switches -> NIC -> GPU, with one hop to a member GPU before, if PXN."""
+    """Walk the cables: GPU, own NIC, switches, NIC, GPU; with PXN one hop to a member GPU may come first."""
     wires = nx.Graph()
     for i, switch in enumerate(fabric.switches):
         if fabric.switch_ok[i]:
