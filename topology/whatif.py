@@ -47,7 +47,7 @@ class Outcome:
 
 
 def parse_failure(text: str) -> Failure:
-    """Read `node=NAME`, `nic=NAME:INDEX`, `leaf=NAME`, `spine=NAME` or `switch=NAME`. Raises TopologyError."""
+    """Read `node=NAME`, `nic=NAME:INDEX`, `leaf=NAME` or `spine=NAME`. Raises TopologyError."""
     kind, _, name = text.partition("=")
     if kind == "nic" and name.rpartition(":")[2].isdigit() and name.rpartition(":")[0]:
         host, _, index = name.rpartition(":")

@@ -61,7 +61,7 @@ def render(placement: Placement, kind: str) -> str:
 
 
 def write_all(placement: Placement, folder: Path) -> tuple[list[Path], list[str]]:
-    """Write every output; returns the paths, and why one was left out (incongruent rails have no Slurm tree)."""
+    """Write every output; returns the paths, and what was left out: incongruent rails have no Slurm tree."""
     folder.mkdir(parents=True, exist_ok=True)
     written, skipped = [], []
     for kind, name in FORMATS.items():

@@ -48,7 +48,8 @@ class Variable:
 
 
 @cache
-def _table(section: str) -> tuple[Entry, ...]:
+def table(section: str) -> tuple[Entry, ...]:
+    """Entries of one section of the table: `variables` or `defects`."""
     document = read(DATA / "environment.yaml")
     return tuple(document.validate(Entry, (section, i)) for i in range(len(document.data[section])))
 
@@ -88,7 +89,7 @@ def environment(fabric: Fabric, verdicts: list[Verdict] | tuple[Verdict, ...]) -
         "relay_kinds": ", ".join(v.kind for v in verdicts if v.status == RELAY),
     }
     found = []
-    for entry in _table("variables"):
+    for entry in table("variables"):
         if _applies(entry, fabric, facts):
             gates = [f"{n} {c}" for n, c in (("ROCm", entry.rocm), ("RCCL", entry.rccl)) if c]
             value, reason = entry.value.format(**fill), entry.reason.format(**fill)
@@ -103,7 +104,7 @@ def environment(fabric: Fabric, verdicts: list[Verdict] | tuple[Verdict, ...]) -
 def known_defects(fabric: Fabric, verdicts: list[Verdict] | tuple[Verdict, ...]) -> list[Entry]:
     """Known defects of the installed versions that touch this plan."""
     facts = plan_facts(fabric, verdicts)
-    return [entry for entry in _table("defects") if _applies(entry, fabric, facts)]
+    return [entry for entry in table("defects") if _applies(entry, fabric, facts)]
 
 
 def environment_file(fabric: Fabric, verdicts: list[Verdict] | tuple[Verdict, ...]) -> str:

@@ -71,10 +71,11 @@ def svg(placement: Placement) -> str:
     width, row_height, left = 190, 46, 70
     total = left + width * len(rows) + 20
     height = 60 + row_height * fabric.nics_per_node + 110
+    title = f"{fabric.spec.name}: {placement.plan.describe()}"
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{total}" height="{height}" font-family="sans-serif" '
         'font-size="12">',
-        f'<text x="10" y="20" font-size="15">{escape(fabric.spec.name)}: {escape(placement.plan.describe())}</text>',
+        f'<text x="10" y="20" font-size="15">{escape(title)}</text>',
     ]
     for nic in range(fabric.nics_per_node):
         y = 40 + nic * row_height
@@ -91,8 +92,9 @@ def svg(placement: Placement) -> str:
             f'<text x="{left + i * width + 8}" y="{y + 36}">{used} of {len(nodes)} nodes used</text>'
         )
     parts.append(
-        f'<text x="10" y="{y + 70}">per step: {human(load.nic_bytes)} on each NIC, {human(load.xgmi_bytes)} on the '
-        f"xGMI links of each GPU, {human(placement.cost.spine_bytes)} through spines</text></svg>"
+        f'<text x="10" y="{y + 70}">per step: {human(load.nic_bytes)} on each NIC, '
+        f"{human(load.xgmi_bytes)} on the xGMI links of each GPU, "
+        f"{human(placement.cost.spine_bytes)} through spines</text></svg>"
     )
     return "\n".join(parts) + "\n"
 
