@@ -125,7 +125,7 @@ def _refuse_cycles(up: dict[str, list[str]], lines: dict[str, Key], document: Do
     def visit(name: str, trail: tuple[str, ...]) -> None:
         if state.get(name) == 1:
             ring = (*trail[trail.index(name) :], name)
-            culprit = next(n for n in reversed(ring) if n in lines)
+            culprit = next(n for n in ring[-2::-1] if n in lines)
             raise document.error(
                 (*lines[culprit], "up"),
                 f"cyclic spine: {' -> '.join(ring)}",
