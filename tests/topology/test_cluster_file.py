@@ -33,7 +33,7 @@ ADDED = [
      "duplicate NIC"),
     ("two leaves", "cabling:\n  - {node: n0, nic: 1, leaf: r2l1}", 10, "two leaves of rail 2"),
     ("no xGMI rate", "scale_up:\n  link_gbps: 0", 10, "greater than 0"),
-    ("cyclic spine", "switches:\n  - {name: a, tier: spine, up: [b]}\n  - {name: b, tier: spine, up: [a]}", 11,
+    ("cyclic spine", "switches:\n  - {name: a, tier: core, up: [b]}\n  - {name: b, tier: core, up: [a]}", 11,
      "cyclic spine: a -> b -> a"),
     ("unknown up-link", "switches:\n  - {name: a, tier: spine, up: [zz]}", 10, "unknown up-link"),
     ("unknown leaf", "cabling:\n  - {node: n0, nic: 1, leaf: nowhere}", 10, "unknown leaf"),
