@@ -19,7 +19,8 @@ from topology.legality import Verdict, verify
 from topology.plan import Plan
 from topology.traffic import SlotGroups, StepCost, StepModel
 
-SWAPS = 1500
+SWAPS = 1500  # at most; fewer on large fabrics, where one evaluation takes longer
+SWAP_RANKS = 2_000_000
 CLOSE_ENOUGH = 1e-3  # of the bound; the cost model is not better than that
 
 
@@ -185,7 +186,7 @@ def _improve(model: StepModel, slots: IntArray, usable: IntArray, bound: float) 
     pool = np.concatenate([slots, np.setdiff1d(usable, slots)])
     cost = model.price(pool[: len(slots)])
     best, kept = (cost.total_s, cost.spine_bytes), 0
-    for _ in range(SWAPS):
+    for _ in range(min(SWAPS, max(100, SWAP_RANKS // model.plan.world_size))):
         i, j = int(rng.integers(len(slots))), int(rng.integers(len(pool)))
         if leaf[pool[i]] == leaf[pool[j]]:
             continue

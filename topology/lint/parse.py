@@ -18,7 +18,7 @@ _VERSION = re.compile(r"\b(?:NCCL|RCCL) version\s*:?\s*(\d+\.\d+\.\d+)(?:\S*hip(
 _ROCM = re.compile(r"\bROCm version\s*:?\s*(\d+\.\d+(?:\.\d+)?)")
 _ENV = re.compile(r"\b((?:NCCL|RCCL)_\w+) set by environment to (\S+?)\.?$")
 _USING = re.compile(r"NET/(?:IB|\w+) : Using (.*?)(?:; OOB|$)")
-_NIC = re.compile(r"\[(\d+)\]([\w-]+?):\d+")
+_NIC = re.compile(r"\[\d+\]([\w-]+?):\d+")
 _EDGE = re.compile(
     r"Channel (\d+)/(\d+) : (\d+)\[(\w+)\] -> (\d+)\[(\w+)\] \[(send|receive)\] via NET/([\w.-]+)/(\d+)"
     r"(?:\((\d+)\))?(\S*)"
@@ -85,7 +85,7 @@ class JobLog:
     rccl: str = ""
     rocm: str = ""
     environment: dict[str, tuple[str, Where]] = field(default_factory=dict)
-    nics: dict[str, tuple[tuple[tuple[int, str], ...], Where]] = field(default_factory=dict)  # per host
+    nics: dict[tuple[str, tuple[str, ...]], Where] = field(default_factory=dict)  # host and its NIC list
     edges: list[Edge] = field(default_factory=list)
     rings: list[Ring] = field(default_factory=list)
     comms: list[Comm] = field(default_factory=list)
@@ -149,7 +149,7 @@ def _record(host: str, message: str, where: Where, log: JobLog) -> None:
     elif m := _ENV.search(message):
         log.environment[m[1]] = (m[2], where)
     elif m := _USING.search(message):
-        log.nics[host] = (tuple((int(i), name) for i, name in _NIC.findall(m[1])), where)
+        log.nics.setdefault((host, tuple(_NIC.findall(m[1]))), where)
     elif m := _CHANNELS.search(message):
         log.channels.append((int(m[1]), int(m[2]), where))
     elif m := _COMM.search(message):

@@ -108,8 +108,7 @@ def relays(log: JobLog, expected: Expected) -> Iterator[Issue]:
 
 def missing_nics(log: JobLog, expected: Expected) -> Iterator[Issue]:
     """Hosts on which the library found fewer NICs than the node has, or in another order."""
-    for host, (nics, where) in sorted(log.nics.items()):
-        names = [name for _, name in nics]
+    for (host, names), where in sorted(log.nics.items(), key=lambda item: item[0]):
         if len(names) < expected.nics:
             text = f"{host} uses {len(names)} of {expected.nics} NICs ({', '.join(names)})"
             yield Issue("missing-nic", "error", f"{text}; check links and NCCL_IB_HCA", _MORI, where)
