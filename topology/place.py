@@ -67,9 +67,10 @@ def place(fabric: Fabric, plan: Plan, *, shrink: bool = False, avoid: tuple[str,
         TopologyError: too few usable nodes, or no legal layout of this size.
     """
     banned = {fabric.find_node(name) for name in avoid}
-    usable = np.array([n for n in fabric.usable_nodes if int(n) not in banned], dtype=np.int64)
-    excluded = [(n, fabric.why_unusable(n)) for n in range(fabric.nodes) if n not in set(fabric.usable_nodes)]
-    excluded += [(n, "kept out on request") for n in sorted(banned) if n in set(fabric.usable_nodes)]
+    healthy = set(fabric.usable_nodes.tolist())
+    usable = np.array(sorted(healthy - banned), dtype=np.int64)
+    excluded = [(n, fabric.why_unusable(n)) for n in range(fabric.nodes) if n not in healthy]
+    excluded += [(n, "kept out on request") for n in sorted(banned & healthy)]
     plan = fit_plan(fabric, plan, len(usable), shrink)
     verdicts = verify(fabric, plan, usable[: _nodes_needed(fabric, plan)])
     illegal = [v for v in verdicts if not v.legal]
