@@ -1,4 +1,4 @@
-"""The RCCL/HSA environment of a plan, each variable with reason, source and version gate.
+"""The RCCL and runtime environment of a plan, each variable with reason, source and version gate.
 
 The table is `topology/data/environment.yaml`. Invariant: two entries for one variable never apply at once.
 """
