@@ -22,6 +22,8 @@ PURPOSE = {
     "pp": "pipeline: activations between stages",
     "dp": "data parallel without context: data seeds, logging",
     "dp_cp": "dense gradients and parameters",
+    "hcp": "levels of hierarchical context parallelism",
+    "hybrid_dp_cp": "context groups of varying size",
     "mp": "gradient norm without the distributed optimizer",
     "embd": "tied embedding gradients, first and last stage",
     "pos_embd": "position embedding, first stage",
@@ -91,7 +93,11 @@ def derive_groups(plan: Plan) -> dict[str, GroupSet]:
     found["dp_cp"] = split(plan.order, dense, "dp-cp")
     instances = plan.num_distributed_optimizer_instances
     if instances > 1:
-        found["intra_dp_cp"] = found["dp_cp"].reshape(-1, found["dp_cp"].shape[1] // instances)
+        found["intra_dp_cp"] = chunks(found["dp_cp"], found["dp_cp"].shape[1] // instances)
+    if plan.hybrid_context_parallel:
+        ranks = found["dp_cp"].shape[1]
+        for power in range(1, ranks.bit_length() - 1):
+            found[f"hybrid_dp_cp.{1 << power}"] = chunks(found["dp_cp"], 1 << power)
     found["dp"] = split(plan.order, dense, "dp")
     found["cp"] = split(plan.order, dense, "cp")
     levels = plan.hierarchical_context_parallel_sizes
@@ -119,6 +125,11 @@ def derive_groups(plan: Plan) -> dict[str, GroupSet]:
     found["intra_dist_opt_instance"] = found["tp_ep_pp"].reshape(instances, -1)
     found["world"] = np.arange(plan.world_size, dtype=np.int64)[None, :]
     return {kind: GroupSet(kind, ranks) for kind, ranks in found.items()}
+
+
+def chunks(ranks: IntArray, size: int) -> IntArray:
+    """Cut every group into consecutive pieces of `size`. Raises ValueError when it does not divide them."""
+    return ranks.reshape(-1, size)
 
 
 def hierarchy(ranks: IntArray, sizes: list[int]) -> list[IntArray]:

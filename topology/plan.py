@@ -56,6 +56,7 @@ class Plan(BaseModel):
     virtual_pipeline_model_parallel_size: Degree | None = None
     context_parallel_size: Degree = 1
     hierarchical_context_parallel_sizes: list[Degree] | None = None
+    hybrid_context_parallel: bool = False
     expert_model_parallel_size: Degree = 1
     expert_tensor_parallel_size: Degree | None = None
     num_distributed_optimizer_instances: Degree = 1
@@ -96,6 +97,10 @@ class Plan(BaseModel):
         if (self.dp * self.cp) % instances or self.edp % instances:
             raise ValueError(
                 f"num_distributed_optimizer_instances {instances} must divide dp*cp and expert dp"
+            )
+        if self.hybrid_context_parallel and (self.dp * self.cp) & (self.dp * self.cp - 1):
+            raise ValueError(
+                f"hybrid_context_parallel needs dp*cp to be a power of two, not {self.dp * self.cp}"
             )
         levels = self.hierarchical_context_parallel_sizes
         if levels:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -47,6 +47,17 @@ class NicsSpec(Strict):
     rate_gbps: Positive = 400.0
     device: str = "ionic_{nic}"
     interface: str = "rail{nic}"
+
+    @field_validator("device", "interface")
+    @classmethod
+    def _is_a_pattern(cls, value: str) -> str:
+        try:
+            distinct = value.format(nic=0) != value.format(nic=1)
+        except (KeyError, IndexError, ValueError):
+            distinct = False
+        if not distinct:
+            raise ValueError("must be a pattern with {nic}, such as ionic_{nic}")
+        return value
 
 
 class RailsSpec(Strict):

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from topology.build import fabric_from_text, load_fabric
+from topology.cabling import check_cabling
 from topology.errors import TopologyError
 from topology.hostlist import compress, expand
 
@@ -45,6 +46,7 @@ ADDED = [
 ]  # fmt: skip
 REPLACED = [
     ("zero bandwidth", "per_node: 4}", "per_node: 4, rate_gbps: 0}", 3, "greater than 0"),
+    ("NIC pattern", "per_node: 4}", "per_node: 4, device: ionic}", 3, "must be a pattern with {nic}"),
     ("misspelt key", "leaves_per_rail", "leafs_per_rail", 6, "did you mean 'leaves_per_rail'"),
     ("too many nodes", "n[0-3]", "n[0-9]", 7, "do not fit"),
     ("NIC count", "per_node: 4}", "per_node: 3}", 1, "must divide"),
@@ -90,6 +92,16 @@ rails: {{count: {rails}, leaves_per_rail: {leaves}, nodes_per_leaf: {nodes // le
     )
     assert fabric.world_size == nodes * 8
     assert len(np.unique(fabric.domain)) == domains
+
+
+def test_a_swap_in_the_file_is_found_and_takes_the_node_out() -> None:
+    swap = "cabling:\n  - {node: n1, nic: 1, leaf: r2l0}\n  - {node: n1, nic: 2, leaf: r1l0}\n"
+    fabric = fabric_from_text(GOOD + swap)
+    assert [f.message for f in check_cabling(fabric)] == ["NICs 1 and 2 are swapped; exchange their cables"]
+    assert fabric.usable_nodes.tolist() == [0, 2, 3]
+    moved = fabric_from_text(GOOD + "cabling:\n  - {node: n1, nic: 1, leaf: r1l1}\n")
+    assert [f.code for f in check_cabling(moved)] == ["incongruent"]
+    assert len(moved.usable_nodes) == 4, "the spine still joins both leaves of the rail"
 
 
 def test_a_dead_nic_takes_its_node_out_and_says_why() -> None:

@@ -23,6 +23,7 @@ OF_DESCRIPTION = {
     "CONTEXT_PARALLEL_GROUP": "cp",
     "HIERARCHICAL_CONTEXT_PARALLEL_GROUP_L0": "hcp.0",
     "HIERARCHICAL_CONTEXT_PARALLEL_GROUP_L1": "hcp.1",
+    **{f"HYBRID_DP_CP_GROUP_{1 << power}": f"hybrid_dp_cp.{1 << power}" for power in range(1, 11)},
     "MODEL_PARALLEL_GROUP": "mp",
     "TENSOR_MODEL_PARALLEL_GROUP": "tp",
     "PIPELINE_MODEL_PARALLEL_GROUP": "pp",
@@ -56,6 +57,7 @@ LAYOUTS: list[dict[str, Any]] = [
     {"world_size": 128, "order": "tp-ep-cp-dp-pp", "tensor_model_parallel_size": 2,
      "context_parallel_size": 4, "expert_model_parallel_size": 8, "expert_tensor_parallel_size": 2,
      "pipeline_model_parallel_size": 2, "num_distributed_optimizer_instances": 2},
+    {"world_size": 64, "tensor_model_parallel_size": 2, "hybrid_context_parallel": True},
     {"world_size": 256, "pipeline_model_parallel_size": 8, "virtual_pipeline_model_parallel_size": 2,
      "tensor_model_parallel_size": 8},
     {"world_size": 1016, "expert_model_parallel_size": 8},
@@ -74,7 +76,8 @@ def groups_of_megatron(layout: dict[str, Any], monkeypatch: pytest.MonkeyPatch) 
     create: Callable[..., Any] = parallel_state.create_group
 
     def recording(ranks: list[int], *args: Any, **kwargs: Any) -> Any:
-        seen[OF_DESCRIPTION[kwargs["group_desc"]]].append(list(ranks))
+        name = kwargs["group_desc"]
+        seen[OF_DESCRIPTION.get(name, name)].append(list(ranks))
         return create(ranks, *args, **kwargs)
 
     monkeypatch.setattr(parallel_state, "create_group", recording)
@@ -103,9 +106,12 @@ def test_groups_equal_those_of_the_real_parallel_state(
     real = groups_of_megatron(layout, monkeypatch)
     ours = {kind: groups.ranks.tolist() for kind, groups in derive_groups(Plan(**layout)).items()}
     ours.pop("world")
-    assert set(ours) == set(real)
-    for kind in real:
+    assert set(ours) <= set(real)
+    for kind in ours:
         assert ours[kind] == real[kind], kind
+    # What newer versions create besides must be single ranks, or ranks that a derived kind already has.
+    for kind in set(real) - set(ours):
+        assert max(map(len, real[kind])) == 1 or real[kind] in ours.values(), kind
 
 
 def test_every_kind_but_the_embeddings_partitions_the_world() -> None:
