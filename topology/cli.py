@@ -236,12 +236,14 @@ def _cost_rows(
     from topology.cost import bus_factor
 
     rows = []
+    fast, slow = model.extremes()
     for size in sizes:
-        seconds = model.time(op, size, shape, routing)
+        seconds, low, high = (m.time(op, size, shape, routing) for m in (model, fast, slow))
         moved = size * bus_factor(op, shape.ranks)
         if op == "dispatch":
             moved = model.dispatch_logical_bytes(size, shape.nodes, routing)
-        rows.append({"size_bytes": size, "time_us": seconds * 1e6, "bus_gb_per_s": moved / seconds / 1e9})
+        row = {"size_bytes": size, "time_us": seconds * 1e6, "low_us": low * 1e6, "high_us": high * 1e6}
+        rows.append({**row, "bus_gb_per_s": moved / seconds / 1e9})
     return rows
 
 

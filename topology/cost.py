@@ -10,7 +10,7 @@ from two nodes up.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, inf, log2
 
 from topology.fabric import Fabric
@@ -77,6 +77,19 @@ class CostModel:
             switch_latency_s=fabric.spec.rails.switch_latency_s,
             rccl=fabric.spec.software.rccl,
         )
+
+    def extremes(self) -> tuple[CostModel, CostModel]:
+        """The model at both ends of the published range of the bulk start-up across nodes."""
+        constants = self.parameters.constants
+        ends = constants.bulk.net_start_range_s or (constants.bulk.net_start_s,) * 2
+        fast, slow = (
+            self.parameters.model_copy(
+                update={"constants": constants.model_copy(
+                    update={"bulk": constants.bulk.model_copy(update={"net_start_s": end})})}
+            )
+            for end in ends
+        )  # fmt: skip
+        return replace(self, parameters=fast), replace(self, parameters=slow)
 
     # ---- rates -------------------------------------------------------------------------------------------
 

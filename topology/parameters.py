@@ -35,6 +35,7 @@ class RegimeConstants(_Strict):
     payload: Annotated[float, Field(gt=0, le=1)]
     net_hop_s: Positive
     net_start_s: Annotated[float, Field(ge=0)]
+    net_start_range_s: tuple[float, float] | None = None
     tree_net_hop_s: Positive
     tree_efficiency: Annotated[float, Field(gt=0, le=1)]
 

@@ -92,9 +92,10 @@ def show_verdicts(console: Console, verdicts: list[Verdict] | tuple[Verdict, ...
 
 def show_costs(console: Console, title: str, rows: list[dict[str, float]]) -> None:
     """Times and bus bandwidths of one operation over sizes."""
-    made = table(title, ">size", ">time, us", ">bus GB/s")
+    made = table(title, ">size", ">time, us", ">from", ">to", ">bus GB/s")
     for row in rows:
-        made.add_row(human_binary(row["size_bytes"]), f"{row['time_us']:.2f}", f"{row['bus_gb_per_s']:.2f}")
+        times = [f"{row[key]:.2f}" for key in ("time_us", "low_us", "high_us")]
+        made.add_row(human_binary(row["size_bytes"]), *times, f"{row['bus_gb_per_s']:.2f}")
     console.print(made)
 
 
@@ -190,4 +191,4 @@ def show_fit(console: Console, fitted: dict[str, float], points: list[Point]) ->
 
 def describe_shape(op: str, shape: GroupShape) -> str:
     """Title of a cost table."""
-    return f"{op}, {shape.nodes} nodes x {shape.per_node} ranks"
+    return f"{op}, {shape.nodes} nodes x {shape.per_node} ranks (from/to: range of the bulk start-up only)"

@@ -103,6 +103,17 @@ def test_bandwidth_inside_a_node_follows_the_number_of_participants() -> None:
         assert rate / 1e9 == pytest.approx(48 * (ranks - 1), rel=0.07)
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_the_printed_interval_holds_the_prediction(op: str) -> None:
+    fast, slow = MODEL.extremes()
+    for power in range(20, 35):
+        low, mid, high = (m.time(op, 1 << power, GroupShape(2, 8)) for m in (fast, MODEL, slow))
+        assert low <= mid <= high
+    ring = [m.all_reduce(1 << 28, GroupShape(2, 8)) for m in (fast, MODEL, slow)]
+    assert ring[0] / ring[1] == pytest.approx(0.92, abs=0.01)
+    assert ring[2] / ring[1] == pytest.approx(1.27, abs=0.01)
+
+
 def test_relays_beat_flat_all_to_all_and_skew_costs() -> None:
     size, shape = 1 << 28, GroupShape(4, 8)
     flat, relayed = (MODEL.all_to_all(size, shape, relay=relay) for relay in (False, True))
