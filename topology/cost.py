@@ -281,6 +281,16 @@ class CostModel:
         peers = (shape.nodes - 1) * fitted.nic_message_s
         return latency + peers + wire + fitted.dispatch_exposed * forward
 
+    def network_bytes(self, op: str, size_bytes: float, shape: GroupShape, routing: Routing) -> float:
+        """Bytes that one call puts on the network, all nodes of the group together."""
+        if shape.nodes == 1:
+            return 0.0
+        if op == "dispatch":
+            size_bytes = self.dispatch_logical_bytes(size_bytes, shape.nodes, routing)
+        if op in ("dispatch", "all_to_all_flat", "all_to_all_relay"):
+            return size_bytes * shape.per_node * (shape.nodes - 1)
+        return size_bytes * bus_factor(op, shape.ranks) * shape.nodes
+
     def time(self, op: str, size_bytes: float, shape: GroupShape, routing: Routing | None = None) -> float:
         """Seconds for one of `OPS`. Raises KeyError for another name."""
         routing = routing or Routing()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from topology.cost import CostModel, GroupShape, Routing, bus_factor
+from topology.cost import CostModel, GroupShape, Routing
 from topology.fabric import Fabric, IntArray
 from topology.groups import GroupSet, derive_groups
 from topology.plan import Plan
@@ -99,11 +99,15 @@ def slot_groups(groups: GroupSet, gpus_per_node: int) -> SlotGroups:
 
 @dataclass(frozen=True)
 class FlowCost:
-    """One flow with its worst group, its time, and what it sends through spines (bytes per step)."""
+    """One flow with its worst group, its time per step, and the bytes per step that it puts on the network.
+
+    `network_bytes` is for one group, `spine_bytes` for all groups and only what leaves a leaf.
+    """
 
     flow: Flow
     shape: GroupShape
     time_s: float
+    network_bytes: float
     spine_bytes: float
 
 
@@ -183,8 +187,9 @@ class StepModel:
         if key not in self._times:
             self._times[key] = self.cost.time(flow.op, flow.size_bytes, shape, flow.routing)
         groups = self.groups[flow.kind]
-        moved = flow.size_bytes * bus_factor(flow.op, shape.ranks) * shape.nodes * int(groups.copies.sum())
-        return FlowCost(flow, shape, flow.calls * self._times[key], flow.calls * moved * crossing)
+        sent = flow.calls * self.cost.network_bytes(flow.op, flow.size_bytes, shape, flow.routing)
+        spine = sent * crossing * int(groups.copies.sum())
+        return FlowCost(flow, shape, flow.calls * self._times[key], sent, spine)
 
     def bound(self, leaf_sizes: list[int]) -> float:
         """No placement on leaves with so many usable nodes can be faster (seconds).

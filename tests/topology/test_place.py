@@ -148,7 +148,16 @@ def test_link_loads_add_up() -> None:
     found = place(load_fabric(SHIPPED), FULL)
     load = link_load(found)
     assert sum(load.uplink_bytes.values()) == pytest.approx(found.cost.spine_bytes)
-    assert load.nic_bytes > 0 and load.xgmi_bytes > 0
+    w = found.plan.workload
+    dispatched = (
+        4 * w.num_layers * 4 * w.seq_length * w.hidden_size * w.activation_bytes
+    )  # 4 microbatches / 4 stages
+    by_kind = {cost.flow.kind: cost for cost in found.cost.flows}
+    ep = by_kind["ep"]
+    assert ep.network_bytes / ep.shape.ranks == pytest.approx(dispatched / 4 / 2), (
+        "half of the tokens leave the node"
+    )
+    assert load.nic_bytes > ep.network_bytes / ep.shape.ranks and load.xgmi_bytes > 0
 
 
 def test_what_if_keeps_shrinks_or_refuses() -> None:

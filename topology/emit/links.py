@@ -29,11 +29,9 @@ def link_load(placement: Placement) -> LinkLoad:
     xgmi = nic = 0.0
     for cost in placement.cost.flows:
         shape = cost.shape
+        nic += cost.network_bytes / shape.ranks
         moved = cost.flow.calls * cost.flow.size_bytes * bus_factor(cost.flow.op, shape.ranks)
-        if shape.nodes > 1:
-            nic += moved / shape.per_node
-        if shape.per_node > 1:
-            xgmi += moved * (shape.per_node - 1) / shape.per_node
+        xgmi += moved * (shape.per_node - 1) / shape.per_node
     leaf = placement.fabric.leaf_group[placement.slots]
     share = np.bincount(leaf) / len(leaf)
     total = placement.cost.spine_bytes
