@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from topology.cabling import check_cabling, congruent
+from topology.cli import app
 from topology.discover import discover, parse_amd_smi_topology, parse_lldp
 from topology.emit.slurm import topology_conf
 from topology.errors import TopologyError
@@ -91,6 +93,12 @@ def test_a_clean_cluster_is_discovered(tmp_path: Path) -> None:
     assert not fabric.rails_meet and len(fabric.usable_nodes) == 6
     assert congruent(fabric)
     assert "SwitchName=leaf1 Nodes=host[3-5]" in topology_conf(fabric)
+
+
+def test_the_command_line_reads_a_folder_of_dumps(tmp_path: Path) -> None:
+    folder = write_dumps(tmp_path / "c", cables={(2, 1): leaf_of(2, 3), (2, 3): leaf_of(2, 1)})
+    result = CliRunner().invoke(app, ["show", str(folder)])
+    assert result.exit_code == 0 and "cabling swapped: host2: NICs 1 and 3 are swapped" in result.output
 
 
 def test_swapped_nics_are_named(tmp_path: Path) -> None:
