@@ -109,24 +109,9 @@ def show(
     fabric = _fabric(cluster, fail)
     findings = check_cabling(fabric)
     if as_json:
-        _print_json(
-            {
-                "name": fabric.spec.name,
-                "nodes": fabric.nodes,
-                "world_size": fabric.world_size,
-                "rails": fabric.rails,
-                "rails_meet": fabric.rails_meet,
-                "switches": len(fabric.switches),
-                "usable_nodes": len(fabric.usable_nodes),
-                "unusable": {
-                    fabric.node_names[n]: fabric.why_unusable(n)
-                    for n in range(fabric.nodes)
-                    if fabric.why_unusable(n)
-                },
-                "cabling": [vars(finding) for finding in findings],
-                "notes": list(fabric.notes),
-            }
-        )
+        from topology.records import fabric_record
+
+        _print_json(fabric_record(fabric, findings))
         return
     from topology.report import show_fabric
 
@@ -160,11 +145,9 @@ def verify(
     if not legal and any(v.status == 3 for v in verdicts) and layout.world_size <= 8192:
         better = nearest_legal_plan(fabric, layout, usable, relay)
     if as_json:
-        from dataclasses import asdict
+        from topology.records import verdict_record
 
-        rows = [{**asdict(v), "status": v.status, "legal": v.legal, "setting": v.setting} for v in verdicts]
-        _print_json({"plan": layout.describe(), "legal": legal, "communicators": rows,
-                     "nearest_legal_plan": better.describe() if better else None})  # fmt: skip
+        _print_json(verdict_record(layout, verdicts, better))
     else:
         from topology.report import show_verdicts
 
@@ -344,20 +327,9 @@ def whatif(
     cases = [tuple(parse_failure(text) for text in fail)] if fail else single_failures(fabric)
     outcomes = [what_if(fabric, layout, case, before) for case in cases]
     if as_json:
-        _print_json(
-            [
-                {
-                    "failures": [f.describe() for f in o.failures],
-                    "usable_nodes": o.usable_nodes,
-                    "runs": o.placement is not None,
-                    "keeps_plan": o.keeps_plan,
-                    "world_size": o.placement.plan.world_size if o.placement else 0,
-                    "slowdown": o.slowdown if o.placement else None,
-                    "text": o.describe(),
-                }
-                for o in outcomes
-            ]
-        )
+        from topology.records import outcome_record
+
+        _print_json([outcome_record(outcome) for outcome in outcomes])
     else:
         from topology.report import show_outcomes
 
@@ -407,7 +379,7 @@ def fit(
 ) -> None:
     """Fit the cost model to calibration data; prints parameters and the error of every point."""
     from topology.cost import CostModel
-    from topology.fit import evaluate, load_calibration, mean_error, write_fitted
+    from topology.fit import evaluate, load_calibration, write_fitted
     from topology.fit import fit as solve
     from topology.parameters import CALIBRATION
 
@@ -418,19 +390,9 @@ def fit(
     if write:
         write_fitted(model.parameters)
     if as_json:
-        used = [p for p in points if p.curve.use == "fit"]
-        _print_json(
-            {
-                "parameters": fitted,
-                "fitted_parameters": len(fitted),
-                "points": [
-                    {"curve": p.curve.name, "use": p.curve.use, "size_bytes": p.size_bytes, "error": p.error}
-                    for p in points
-                ],
-                "mean_error": mean_error(used),
-                "mean_error_from_1_mib": mean_error(used, 1 << 20),
-            }
-        )
+        from topology.records import fit_record
+
+        _print_json(fit_record(fitted, points))
         return
     from topology.report import show_fit
 
