@@ -57,7 +57,7 @@ def user_errors(command: Callable[P, None]) -> Callable[P, None]:
 def _console() -> Any:
     from rich.console import Console
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     console.width = max(console.width, 130)  # tables stay whole in logs and pipes
     return console
 

@@ -50,8 +50,8 @@ class Placement:
 
     def rank_map(self) -> list[tuple[int, str, int]]:
         """(rank, host, local rank) of every rank."""
-        gpus = self.fabric.gpus_per_node
-        return [(rank, self.hosts[rank // gpus], rank % gpus) for rank in range(self.plan.world_size)]
+        gpus, hosts = self.fabric.gpus_per_node, self.hosts
+        return [(rank, hosts[rank // gpus], rank % gpus) for rank in range(self.plan.world_size)]
 
 
 def place(fabric: Fabric, plan: Plan, *, shrink: bool = False, avoid: tuple[str, ...] = ()) -> Placement:

@@ -6,7 +6,6 @@ Invariant: no decision is taken here; every number comes from the functions that
 from __future__ import annotations
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from topology.cabling import Finding
@@ -75,7 +74,7 @@ def show_verdicts(console: Console, verdicts: list[Verdict] | tuple[Verdict, ...
             str(v.size),
             STATUS[v.status],
             "yes" if v.legal else "NO",
-            escape(v.purpose),
+            v.purpose,
         )
     console.print(rows)
     for v in verdicts:
@@ -87,7 +86,7 @@ def show_verdicts(console: Console, verdicts: list[Verdict] | tuple[Verdict, ...
             console.print(f"{v.kind}: for example {v.witness.describe()}")
     for hazard in dict.fromkeys(hazard for v in verdicts for hazard in v.hazards):
         kinds = ", ".join(v.kind for v in verdicts if hazard in v.hazards)
-        console.print(f"hazard ({kinds}): {escape(hazard)}")
+        console.print(f"hazard ({kinds}): {hazard}")
 
 
 def show_costs(console: Console, title: str, rows: list[dict[str, float]]) -> None:
@@ -111,12 +110,10 @@ def show_placement(console: Console, placement: Placement) -> None:
     """Where the job goes, what a step costs, and how far that is from the bound."""
     cost, bound = placement.cost.total_s, placement.bound_s
     gap = (cost / bound - 1) * 100 if bound else 0.0
-    console.print(escape(placement.plan.describe()))
+    console.print(placement.plan.describe())
     console.print(f"order: {placement.strategy}; rank 0 on {placement.master}; hosts in rank order:")
     hosts = placement.hosts
-    console.print(
-        escape(compress(hosts)) if hosts == sorted(hosts) else ",".join(hosts[:8]) + f",... ({len(hosts)})"
-    )
+    console.print(compress(hosts) if hosts == sorted(hosts) else ",".join(hosts[:8]) + f",... ({len(hosts)})")
     console.print(
         f"predicted communication {cost * 1e3:.3f} ms per step, bound {bound * 1e3:.3f} ms (+{gap:.3f} %)"
     )
@@ -137,7 +134,7 @@ def show_placement(console: Console, placement: Placement) -> None:
     console.print(flows)
     names = placement.fabric.node_names
     spares = compress(names[n] for n in placement.spares) or "none"
-    console.print(f"spare nodes ({len(placement.spares)}): {escape(spares)}")
+    console.print(f"spare nodes ({len(placement.spares)}): {spares}")
     for node, reason in placement.excluded[:20]:
         console.print(f"excluded {names[node]}: {reason}")
     if len(placement.excluded) > 20:
@@ -156,9 +153,9 @@ def show_outcomes(console: Console, outcomes: list[Outcome]) -> None:
 def show_issues(console: Console, issues: list[Issue]) -> None:
     """Lint findings with evidence and source."""
     for issue in issues:
-        console.print(f"{issue.severity.upper()} {issue.rule} (x{issue.count}): {escape(issue.message)}")
+        console.print(f"{issue.severity.upper()} {issue.rule} (x{issue.count}): {issue.message}")
         if issue.where:
-            console.print(f"  {escape(issue.where.file)}:{issue.where.line}: {escape(issue.where.text)}")
+            console.print(f"  {issue.where.file}:{issue.where.line}: {issue.where.text}")
         console.print(f"  see {issue.source}")
     errors = sum(issue.severity == "error" for issue in issues)
     console.print(f"{errors} errors, {len(issues) - errors} warnings and notes")
@@ -174,7 +171,7 @@ def show_fit(console: Console, fitted: dict[str, float], points: list[Point]) ->
     for p in points:
         rows.add_row(
             p.curve.use,
-            escape(p.curve.name),
+            p.curve.name,
             human_binary(p.size_bytes),
             f"{p.measured_s * 1e6:.2f}",
             f"{p.predicted_s * 1e6:.2f}",

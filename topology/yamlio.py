@@ -84,9 +84,10 @@ def read(path: Path) -> Document:
     """
     try:
         text = path.read_text(encoding="utf-8")
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise TopologyError(
-            f"cannot read the file: {error.strerror}", where=str(path), remedy="check the path"
+            f"cannot read the file: {why}", where=str(path), remedy="check the path"
         ) from None
     return parse(text, str(path))
 
@@ -99,6 +100,8 @@ def parse(text: str, name: str) -> Document:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise TopologyError(f"not valid YAML: {error.problem}", where=f"{name}:{line}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise TopologyError(f"not valid YAML: {str(error).splitlines()[0]}", where=f"{name}:1") from None
     if not isinstance(data, dict):
         raise TopologyError("the document must be a mapping", where=f"{name}:1", value=type(data).__name__)
     lines: dict[Key, int] = {}

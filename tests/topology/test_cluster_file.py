@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from topology.build import fabric_from_text, load_fabric
@@ -114,6 +114,22 @@ def test_losing_all_spines_cuts_the_leaves_apart() -> None:
     fabric = load_fabric(SHIPPED).with_failures(switches=[f"r3s{spine}" for spine in range(4)])
     assert len(np.unique(fabric.domain[:, 3])) == 4
     assert len(fabric.usable_nodes) == 32, "one leaf of nodes still forms whole rows"
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_damaged_files_give_user_errors_and_no_traceback(data: st.DataObject) -> None:
+    lines = SHIPPED.read_text().splitlines()
+    for _ in range(data.draw(st.integers(1, 3))):
+        where = data.draw(st.integers(0, len(lines) - 1))
+        what = data.draw(
+            st.sampled_from(["", "[", "x: *y", "- 3", "count: -1", "names: 7", "  : :", "\x01", "? [a]: b"])
+        )
+        lines[where] = data.draw(st.sampled_from([what, lines[where] + what, what + lines[where].lstrip()]))
+    try:
+        fabric_from_text("\n".join(lines), "c.yaml")
+    except TopologyError as error:
+        assert str(error).startswith("c.yaml") and "\n" not in str(error)
 
 
 @given(st.sets(st.integers(0, 200), min_size=1))

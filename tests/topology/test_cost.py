@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,20 @@ def test_versions_choose_their_data() -> None:
     assert version_matches("6.4.1", ">=6.2,<7") and not version_matches("7.0", ">=6.2,<7")
     with pytest.raises(TopologyError, match="not a version condition"):
         version_matches("6.4", "~6")
+
+
+def test_a_version_may_force_the_knee() -> None:
+    entry = MODEL.parameters.versions[0].model_copy(update={"knees": {"all_reduce": 1 << 20}})
+    forced = replace(MODEL, parameters=MODEL.parameters.model_copy(update={"versions": [entry]}))
+    shape = GroupShape(1, 8)
+    assert forced.all_reduce(1 << 20, shape) == MODEL.all_reduce(1 << 20, shape)
+    assert (
+        forced.all_reduce(1 << 21, shape)
+        == MODEL.ring(1 << 21, shape, "bulk", 2)
+        > MODEL.all_reduce(1 << 21, shape)
+    )
+    with pytest.raises(TopologyError, match="no cost-model data for this RCCL version"):
+        replace(forced, rccl="9.9").all_reduce(1 << 20, GroupShape(2, 8))
 
 
 def test_parameter_files_are_strict() -> None:

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from topology.cabling import check_cabling, congruent
 from topology.cli import app
-from topology.discover import discover, parse_amd_smi_topology, parse_lldp
+from topology.discover import discover, parse_amd_smi_topology, parse_ibv_devinfo, parse_lldp
 from topology.emit.slurm import topology_conf
 from topology.errors import TopologyError
 
@@ -143,5 +143,8 @@ def test_parsers_read_the_tools_own_output() -> None:
     assert parse_lldp("lldp.rail0.chassis.name=leaf-a\nlldp.rail0.chassis.descr=Arista") == {
         "rail0": "leaf-a"
     }
+    devinfo = "hca_id:\tionic_0\n\ttransport:\tInfiniBand (0)\n\t\tport:\t1\n\t\t\tstate:\t\tPORT_{} (4)\n"
+    assert parse_ibv_devinfo(devinfo.format("ACTIVE")) == {"ionic_0": True}
+    assert parse_ibv_devinfo(devinfo.format("DOWN")) == {"ionic_0": False}
     assert parse_amd_smi_topology(AMD_SMI) == (4, True)
     assert parse_amd_smi_topology(AMD_SMI.replace("XGMI         SELF", "PCIE         SELF")) == (4, False)

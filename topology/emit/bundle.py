@@ -62,7 +62,10 @@ def render(placement: Placement, kind: str) -> str:
 
 def write_all(placement: Placement, folder: Path) -> tuple[list[Path], list[str]]:
     """Write every output; returns the paths, and what was left out: incongruent rails have no Slurm tree."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TopologyError(f"cannot make the folder: {error.strerror}", where=str(folder)) from None
     written, skipped = [], []
     for kind, name in FORMATS.items():
         if kind.startswith("topology-") and not congruent(placement.fabric):
