@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -30,6 +31,15 @@ def test_the_commands_of_the_documentation_run(
         (tmp_path / folder).symlink_to(ROOT / folder)
     result = CliRunner().invoke(app, shlex.split(command))
     assert result.exit_code == 0, result.output
+
+
+def test_the_python_of_the_documentation_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    names: dict[str, Any] = {}
+    exec(compile(re.findall(r"```python\n(.*?)```", TEXT, re.S)[0], "docs/topology.md", "exec"), names)
+    assert names["first"] == (0, "zaya000", 0)
+    assert names["variables"]["NCCL_PXN_DISABLE"] == "0"
+    assert 0.005 < names["seconds"] < 0.02 and names["thresholds"]
 
 
 def test_the_figures_of_the_documentation_hold() -> None:
