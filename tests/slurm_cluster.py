@@ -11,9 +11,10 @@ import os
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,6 +57,7 @@ class SlurmCluster:
     node_names: list[str]
     topology_conf: str = ""
     cpus: int = 16
+    gpus: int = 0  # fake GPUs per node: clones of /dev/null that Slurm hands out as devices
     partition: str = "main"
     _daemons: list[subprocess.Popen[bytes]] = field(default_factory=list)
     _inits: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
@@ -168,11 +170,24 @@ class SlurmCluster:
         (self.folder / "slurm.conf").write_text(self._configuration())
         if self.topology_conf:
             (self.folder / "topology.conf").write_text(self.topology_conf)
+        if self.gpus:
+            self._make_gpus()
+
+    def _make_gpus(self) -> None:
+        """Slurm accepts device nodes only: /dev/null (character device 1, 3) under other names."""
+        devices = self.folder / "dev"
+        devices.mkdir()
+        for index in range(self.gpus):
+            os.mknod(devices / f"gpu{index}", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+        nodes = " ".join([f"NodeName={','.join(self.node_names)}", "Name=gpu", f"Count={self.gpus}"])
+        files = f"File={devices}/gpu[0-{self.gpus - 1}]"
+        (self.folder / "gres.conf").write_text(f"AutoDetect=off\n{nodes} {files}\n")
 
     def _configuration(self) -> str:
         base = free_ports(len(self.node_names) + 1)
+        size = f"CPUs={self.cpus} RealMemory=1000000" + (f" Gres=gpu:{self.gpus}" if self.gpus else "")
         nodes = "\n".join(
-            f"NodeName={name} NodeAddr=127.0.0.1 Port={base + 1 + i} CPUs={self.cpus} RealMemory=1000000"
+            f"NodeName={name} NodeAddr=127.0.0.1 Port={base + 1 + i} {size}"
             for i, name in enumerate(self.node_names)
         )
         plugin = "topology/tree" if self.topology_conf else "topology/none"
@@ -205,6 +220,7 @@ KillWait=3
 MessageTimeout=30
 SlurmdTimeout=60
 TreeWidth={max(2, len(self.node_names))}
+{"GresTypes=gpu" if self.gpus else ""}
 {nodes}
 PartitionName={self.partition} Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
@@ -218,8 +234,7 @@ PartitionName={self.partition} Nodes=ALL Default=YES MaxTime=INFINITE State=UP
                 )
             )  # fmt: skip
 
-    def _wait(self, ready: object, what: str) -> None:
-        assert callable(ready)
+    def _wait(self, ready: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S
         while not ready():
             dead = [p.args for p in self._daemons if p.poll() is not None]
@@ -231,9 +246,11 @@ PartitionName={self.partition} Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 
 @contextmanager
-def slurm_cluster(folder: Path, node_names: Sequence[str], topology_conf: str = "") -> Iterator[SlurmCluster]:
+def slurm_cluster(
+    folder: Path, node_names: Sequence[str], topology_conf: str = "", gpus: int = 0
+) -> Iterator[SlurmCluster]:
     """A started cluster that is gone afterwards, whatever happens."""
-    cluster = SlurmCluster(folder, list(node_names), topology_conf)
+    cluster = SlurmCluster(folder, list(node_names), topology_conf, gpus=gpus)
     try:
         cluster.start()
         yield cluster

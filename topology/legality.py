@@ -193,7 +193,7 @@ def verify(
 
 
 def nearest_legal_plan(
-    fabric: Fabric, plan: Plan, slots: IntArray, pxn: bool, tries: int = 40
+    fabric: Fabric, plan: Plan, slots: IntArray, pxn: bool, tries: int = 160
 ) -> Plan | None:
     """The legal layout of the same world whose degrees differ least (sum of |log2| ratios), or None."""
     wanted = np.log2([plan.tp, plan.cp, plan.pp, plan.ep])
@@ -206,7 +206,7 @@ def nearest_legal_plan(
                 candidates += [
                     (float(distance + abs(np.log2(ep) - wanted[3])), tp, cp, pp, ep) for ep in options
                 ]
-    for _, tp, cp, pp, ep in sorted(candidates)[1 : tries * 4]:
+    for _, tp, cp, pp, ep in sorted(candidates)[1 : tries + 1]:
         changed = {
             **plan.model_dump(),
             "tensor_model_parallel_size": tp,

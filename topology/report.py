@@ -34,10 +34,11 @@ def show_fabric(console: Console, fabric: Fabric, findings: list[Finding], switc
     """Size, rails, rates, health and cabling of a cluster."""
     spec, rails = fabric.spec, fabric.spec.rails
     meets = "rails meet on a shared layer" if fabric.rails_meet else "rails never meet"
+    switch = f", {rails.switch_model}" if rails.switch_model else ""
     console.print(
         f"{spec.name}: {fabric.nodes} nodes x {fabric.gpus_per_node} {spec.nodes.gpu_model} = "
         f"{fabric.world_size} GPUs; {fabric.rails} rails x {rails.leaves_per_rail} leaves of up to "
-        f"{rails.nodes_per_leaf} nodes, {rails.spines_per_rail} spines ({meets})"
+        f"{rails.nodes_per_leaf} nodes, {rails.spines_per_rail} spines ({meets}){switch}"
     )
     console.print(
         f"per GPU: NIC {spec.nics.rate_gbps:g} Gb/s ({spec.nics.model}); {spec.scale_up.kind} "

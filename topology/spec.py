@@ -40,15 +40,14 @@ class ScaleUpSpec(Strict):
 
 
 class NicsSpec(Strict):
-    """Back-end NICs of a node. `device` and `interface` are patterns with `{nic}`, the absolute NIC index."""
+    """Back-end NICs of a node. `device` is a pattern with `{nic}`, the absolute NIC index."""
 
     model: str = "AMD Pensando Pollara 400"
     per_node: Count = 8
     rate_gbps: Positive = 400.0
     device: str = "ionic_{nic}"
-    interface: str = "rail{nic}"
 
-    @field_validator("device", "interface")
+    @field_validator("device")
     @classmethod
     def _is_a_pattern(cls, value: str) -> str:
         try:
@@ -86,7 +85,6 @@ class SwitchSpec(Strict):
     tier: Literal["leaf", "spine", "core"]
     rail: Index | None = None
     up: list[str] = []
-    rate_gbps: Positive | None = None
 
 
 class CableSpec(Strict):
@@ -118,7 +116,6 @@ class SoftwareSpec(Strict):
 
     rocm: str = "6.4.0"
     rccl: str = "2.22.3"
-    slurm: str = "22.05.8"
     ainic: bool = True
     pxn: bool = True
     traffic_class: Index = 104
@@ -132,7 +129,6 @@ class StorageSpec(Strict):
 
     model: str = ""
     rate_gbps: Positive = 200.0
-    interface: str = "eth0"
 
 
 class ClusterSpec(Strict):
