@@ -36,7 +36,6 @@ setup(
         "rocm": ["tensorboard>=2.16"],
         "test": [
             "codespell>=2.3",
-            "einops>=0.8",  # megatron-core needs it for hierarchical groups
             "hypothesis>=6.100",
             "import-linter>=2.1",
             "matplotlib>=3.8",

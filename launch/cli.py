@@ -16,6 +16,7 @@ from ckpt.steps import CheckpointError
 from launch.env import LaunchError
 from megatron_zaya.config import ConfigError, dump_config, json_schema, load_config
 from megatron_zaya.data.errors import DataError
+from topology.cli import app as topology_app
 
 USER_ERRORS = (ConfigError, DataError, CheckpointError, LaunchError)
 
@@ -24,6 +25,7 @@ config_app = typer.Typer(no_args_is_help=True, help="Run files: schema, resolved
 data_app = typer.Typer(no_args_is_help=True, help="Tokenised text.")
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
+app.add_typer(topology_app, name="topology")
 
 RunFile = Annotated[Path, typer.Argument(help="Run file (YAML).")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, applied in order.")]

@@ -87,9 +87,7 @@ class SlurmCluster:
             text=True,
         )
         if check and done.returncode:
-            raise RuntimeError(
-                f"{' '.join(command)}: exit {done.returncode}\n{done.stderr}\n{self.log_tail()}"
-            )
+            raise RuntimeError(f"{' '.join(command)}: exit {done.returncode}\n{done.stderr}\n{self.log_tail()}")
         return done
 
     def start(self) -> None:
@@ -187,8 +185,7 @@ class SlurmCluster:
         base = free_ports(len(self.node_names) + 1)
         size = f"CPUs={self.cpus} RealMemory=1000000" + (f" Gres=gpu:{self.gpus}" if self.gpus else "")
         nodes = "\n".join(
-            f"NodeName={name} NodeAddr=127.0.0.1 Port={base + 1 + i} {size}"
-            for i, name in enumerate(self.node_names)
+            f"NodeName={name} NodeAddr=127.0.0.1 Port={base + 1 + i} {size}" for i, name in enumerate(self.node_names)
         )
         plugin = "topology/tree" if self.topology_conf else "topology/none"
         return f"""
@@ -239,9 +236,7 @@ PartitionName={self.partition} Nodes=ALL Default=YES MaxTime=INFINITE State=UP
         while not ready():
             dead = [p.args for p in self._daemons if p.poll() is not None]
             if dead or time.monotonic() > deadline:
-                raise RuntimeError(
-                    f"Slurm did not start: waiting for {what}, ended: {dead}\n{self.log_tail()}"
-                )
+                raise RuntimeError(f"Slurm did not start: waiting for {what}, ended: {dead}\n{self.log_tail()}")
             time.sleep(0.1)
 
 

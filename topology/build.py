@@ -74,11 +74,7 @@ def _regular_switches(spec: ClusterSpec) -> dict[str, tuple[str, int, list[str]]
     rails, made = spec.rails, {}
     shared = [f"s{spine}" for spine in range(rails.spines_per_rail)] if rails.spine == "shared" else []
     for rail in range(rails.count):
-        own = (
-            [f"r{rail}s{spine}" for spine in range(rails.spines_per_rail)]
-            if rails.spine == "per_rail"
-            else []
-        )
+        own = [f"r{rail}s{spine}" for spine in range(rails.spines_per_rail)] if rails.spine == "per_rail" else []
         if rails.leaves_per_rail == 1 and rails.spine == "per_rail":
             own = []
         for leaf in range(rails.leaves_per_rail):
@@ -185,9 +181,7 @@ def _apply_cabling(
             )
         if (cable.node, cable.nic) in seen:
             first = document.where(("cabling", seen[cable.node, cable.nic]))
-            raise document.error(
-                path, f"duplicate NIC: {cable.node} NIC {cable.nic} is cabled at {first} too"
-            )
+            raise document.error(path, f"duplicate NIC: {cable.node} NIC {cable.nic} is cabled at {first} too")
         seen[cable.node, cable.nic] = i
         if cable.leaf not in index or switches[index[cable.leaf]].tier != "leaf":
             raise document.error((*path, "leaf"), "unknown leaf", value=cable.leaf)

@@ -52,9 +52,7 @@ def _swapped(fabric: Fabric) -> list[Finding]:
 
 def _missing(fabric: Fabric) -> list[Finding]:
     return [
-        Finding(
-            "no-cable", fabric.node_names[node], f"NIC {nic} has no neighbour; check cable and switch port"
-        )
+        Finding("no-cable", fabric.node_names[node], f"NIC {nic} has no neighbour; check cable and switch port")
         for node, nic in np.argwhere(fabric.leaf < 0)
     ]
 
@@ -71,11 +69,7 @@ def _incongruent(fabric: Fabric) -> list[Finding]:
             usual.setdefault(leaf, group)
         for node in range(fabric.nodes):
             leaf = int(here[node])
-            if (
-                leaf >= 0
-                and fabric.rail[node, nic] == fabric.nominal_rail(nic)
-                and usual[leaf] != reference[node]
-            ):
+            if leaf >= 0 and fabric.rail[node, nic] == fabric.nominal_rail(nic) and usual[leaf] != reference[node]:
                 name = fabric.switches[leaf].name
                 other = fabric.switches[int(reference[node])].name
                 text = (

@@ -123,9 +123,7 @@ def show(
 def verify(
     cluster: Cluster,
     plan: PlanFile,
-    pxn: Annotated[
-        bool | None, typer.Option("--pxn/--no-pxn", help="relay on or off; default: the cluster's")
-    ] = None,
+    pxn: Annotated[bool | None, typer.Option("--pxn/--no-pxn", help="relay on or off; default: the cluster's")] = None,
     fail: Fail = None,
     as_json: AsJson = False,
 ) -> None:
@@ -164,9 +162,7 @@ def verify(
 @user_errors
 def cost(
     cluster: Cluster,
-    plan: Annotated[
-        Path | None, typer.Argument(help="price the step of this plan instead of one operation")
-    ] = None,
+    plan: Annotated[Path | None, typer.Argument(help="price the step of this plan instead of one operation")] = None,
     op: Annotated[str, typer.Option(help="operation, or `all`")] = "all_reduce",
     nodes: Annotated[int, typer.Option(min=1, help="nodes in the group")] = 2,
     per_node: Annotated[int | None, typer.Option(min=1, help="ranks per node; default: all GPUs")] = None,
@@ -188,22 +184,16 @@ def cost(
         _cost_of_plan(fabric, _plan(plan, fabric), as_json)
         return
     if op not in (*OPS, "all"):
-        raise TopologyError(
-            "unknown operation", where="--op", value=op, remedy=f"use one of {', '.join(OPS)}"
-        )
+        raise TopologyError("unknown operation", where="--op", value=op, remedy=f"use one of {', '.join(OPS)}")
     width = per_node or fabric.gpus_per_node
     if width > fabric.gpus_per_node or nodes * width < 2:
-        raise TopologyError(
-            "no such group", value=f"{nodes} x {width}", remedy="at least 2 ranks, at most all GPUs"
-        )
+        raise TopologyError("no such group", value=f"{nodes} x {width}", remedy="at least 2 ranks, at most all GPUs")
     leaves = -(-nodes // fabric.spec.rails.nodes_per_leaf)
     shape = GroupShape(nodes, width, leaves if leaves > 1 else 0)
     routing = Routing(topk, node_limit or None, skew)
     model = CostModel.for_fabric(fabric)
     wanted = [parse_size(text) for text in sizes.split(",")]
-    tables = {
-        name: _cost_rows(model, name, shape, wanted, routing) for name in (OPS if op == "all" else (op,))
-    }
+    tables = {name: _cost_rows(model, name, shape, wanted, routing) for name in (OPS if op == "all" else (op,))}
     if as_json:
         _print_json({"nodes": nodes, "per_node": width, "operations": tables})
         return
@@ -213,9 +203,7 @@ def cost(
         show_costs(_console(), describe_shape(name, shape), rows)
 
 
-def _cost_rows(
-    model: CostModel, op: str, shape: GroupShape, sizes: list[int], routing: Any
-) -> list[dict[str, float]]:
+def _cost_rows(model: CostModel, op: str, shape: GroupShape, sizes: list[int], routing: Any) -> list[dict[str, float]]:
     from topology.cost import bus_factor
 
     rows = []
@@ -295,9 +283,7 @@ def emit(
     from topology.emit.bundle import FORMATS, render, write_all
 
     if (out is None) == (kind is None):
-        raise TopologyError(
-            "give either --out FOLDER or --kind NAME", remedy=f"kinds are {', '.join(FORMATS)}"
-        )
+        raise TopologyError("give either --out FOLDER or --kind NAME", remedy=f"kinds are {', '.join(FORMATS)}")
     placement = _placement(cluster, plan, fail, shrink, avoid)
     if kind is not None:
         typer.echo(render(placement, kind), nl=False)
@@ -369,12 +355,8 @@ def lint(
 @user_errors
 def fit(
     cluster: Cluster,
-    calibration: Annotated[
-        Path | None, typer.Option(help="measured curves; default: the published ones")
-    ] = None,
-    write: Annotated[
-        bool, typer.Option("--write", help="store the result in the package's parameter file")
-    ] = False,
+    calibration: Annotated[Path | None, typer.Option(help="measured curves; default: the published ones")] = None,
+    write: Annotated[bool, typer.Option("--write", help="store the result in the package's parameter file")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Fit the cost model to calibration data; prints parameters and the error of every point."""

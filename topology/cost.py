@@ -153,9 +153,7 @@ class CostModel:
         hop = self._hop(regime)
         start = constants.net_start_s * passes if across else 0.0
         spines = passes * shape.spine_hops * 2 * self.switch_latency_s
-        return float(
-            constants.base_s + (steps - across) * hop + start + across * constants.net_hop_s + spines
-        )
+        return float(constants.base_s + (steps - across) * hop + start + across * constants.net_hop_s + spines)
 
     def _spine_latency(self, shape: GroupShape) -> float:
         return 2 * self.switch_latency_s if shape.spine_hops else 0.0

@@ -88,9 +88,7 @@ def read_node(folder: Path) -> NodeDump:
     dump = NodeDump()
     lldp = folder / "lldp.txt"
     if not lldp.exists():
-        raise TopologyError(
-            "no LLDP dump", where=str(lldp), remedy="collect `lldpctl -f keyvalue` on the node"
-        )
+        raise TopologyError("no LLDP dump", where=str(lldp), remedy="collect `lldpctl -f keyvalue` on the node")
     device_of: dict[str, int] = {}
     texts = {n: (folder / n).read_text() for n in _OPTIONAL if (folder / n).exists()}
     for device, (active, netdev) in parse_rdma_link(texts.get("rdma_link.txt", "")).items():
@@ -103,9 +101,7 @@ def read_node(folder: Path) -> NodeDump:
         if nic is not None:
             dump.neighbour[nic] = system
     if not dump.neighbour:
-        raise TopologyError(
-            "no NIC with a neighbour", where=str(lldp), remedy="check that LLDP runs on the rails"
-        )
+        raise TopologyError("no NIC with a neighbour", where=str(lldp), remedy="check that LLDP runs on the rails")
     for device, active in parse_ibv_devinfo(texts.get("ibv_devinfo.txt", "")).items():
         _merge_state(dump, device, active)
     states, rates = parse_sysfs(texts.get("sysfs.txt", ""))

@@ -92,9 +92,7 @@ def _points(model: CostModel, curve: Curve) -> list[Point]:
         if curve.op == "nic":
             predicted, moved = size / model.nic_rate(size), size
         else:
-            predicted = model.time(
-                curve.op, size, shape, DEEPSEEK_ROUTING if curve.op == "dispatch" else None
-            )
+            predicted = model.time(curve.op, size, shape, DEEPSEEK_ROUTING if curve.op == "dispatch" else None)
         if curve.logical_gb_per_s:
             moved = model.dispatch_logical_bytes(size, curve.nodes, DEEPSEEK_ROUTING)
         measured = value * 1e-6 if curve.time_us else moved / (value * 1e9)

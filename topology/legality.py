@@ -177,9 +177,7 @@ def _witness(fabric: Fabric, slots: IntArray, ranks: IntArray, found: tuple[int,
     return Witness(a, b, host_a, host_b, rail_a, rail_b, int(ranks[relay]) if relay >= 0 else -1)
 
 
-def verify(
-    fabric: Fabric, plan: Plan, slots: IntArray | None = None, pxn: bool | None = None
-) -> list[Verdict]:
+def verify(fabric: Fabric, plan: Plan, slots: IntArray | None = None, pxn: bool | None = None) -> list[Verdict]:
     """Verdict for every kind of communicator of the plan, `world` included.
 
     `slots[s]` is the node that carries ranks s*gpus .. s*gpus+gpus-1; by default nodes in file order. `pxn`
@@ -192,9 +190,7 @@ def verify(
     return [judge(fabric, slots, groups, relay) for groups in derive_groups(plan).values()]
 
 
-def nearest_legal_plan(
-    fabric: Fabric, plan: Plan, slots: IntArray, pxn: bool, tries: int = 160
-) -> Plan | None:
+def nearest_legal_plan(fabric: Fabric, plan: Plan, slots: IntArray, pxn: bool, tries: int = 160) -> Plan | None:
     """The legal layout of the same world whose degrees differ least (sum of |log2| ratios), or None."""
     wanted = np.log2([plan.tp, plan.cp, plan.pp, plan.ep])
     candidates = []
@@ -203,9 +199,7 @@ def nearest_legal_plan(
         for cp in (d for d in options if d <= 32):
             for pp in options:
                 distance = np.abs(np.log2([tp, cp, pp]) - wanted[:3]).sum()
-                candidates += [
-                    (float(distance + abs(np.log2(ep) - wanted[3])), tp, cp, pp, ep) for ep in options
-                ]
+                candidates += [(float(distance + abs(np.log2(ep) - wanted[3])), tp, cp, pp, ep) for ep in options]
     for _, tp, cp, pp, ep in sorted(candidates)[1 : tries + 1]:
         changed = {
             **plan.model_dump(),
@@ -214,9 +208,7 @@ def nearest_legal_plan(
             "pipeline_model_parallel_size": pp,
             "expert_model_parallel_size": ep,
             "hierarchical_context_parallel_sizes": None,
-            "virtual_pipeline_model_parallel_size": plan.virtual_pipeline_model_parallel_size
-            if pp > 1
-            else None,
+            "virtual_pipeline_model_parallel_size": plan.virtual_pipeline_model_parallel_size if pp > 1 else None,
         }
         try:
             candidate = Plan.model_validate(changed)

@@ -122,9 +122,7 @@ def fit_plan(fabric: Fabric, plan: Plan, usable: int, shrink: bool) -> Plan:
     raise TopologyError(
         f"the plan needs {_nodes_needed(fabric, plan)} nodes, {usable} of {fabric.nodes} are usable",
         value=plan.world_size,
-        remedy="repair nodes, lower world_size"
-        if shrink
-        else "repair nodes, lower world_size, or pass --shrink",
+        remedy="repair nodes, lower world_size" if shrink else "repair nodes, lower world_size, or pass --shrink",
     )
 
 
@@ -145,9 +143,7 @@ def _search(fabric: Fabric, model: StepModel, usable: IntArray, needed: int) -> 
     return slots, strategy
 
 
-def _candidates(
-    fabric: Fabric, model: StepModel, usable: IntArray, needed: int
-) -> list[tuple[str, IntArray]]:
+def _candidates(fabric: Fabric, model: StepModel, usable: IntArray, needed: int) -> list[tuple[str, IntArray]]:
     """Leaf-major orders: by slot number, and for each kind with its groups kept whole in a leaf."""
     leaf = fabric.leaf_group[usable]
     by_leaf = [usable[leaf == group].tolist() for group in np.unique(leaf)]

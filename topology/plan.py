@@ -88,29 +88,21 @@ class Plan(BaseModel):
         if world % (self.etp * self.ep * pp):
             raise ValueError(f"world_size {world} is not divisible by etp*ep*pp = {self.etp * self.ep * pp}")
         if tokens[-1] != "pp" and pp > 1 and self.dp != self.edp:
-            raise ValueError(
-                "an order that does not end in pp needs equal dense and expert data parallel sizes"
-            )
+            raise ValueError("an order that does not end in pp needs equal dense and expert data parallel sizes")
         if self.virtual_pipeline_model_parallel_size is not None and pp == 1:
             raise ValueError("virtual_pipeline_model_parallel_size needs pipeline_model_parallel_size > 1")
         instances = self.num_distributed_optimizer_instances
         if (self.dp * self.cp) % instances or self.edp % instances:
-            raise ValueError(
-                f"num_distributed_optimizer_instances {instances} must divide dp*cp and expert dp"
-            )
+            raise ValueError(f"num_distributed_optimizer_instances {instances} must divide dp*cp and expert dp")
         if self.hybrid_context_parallel and (self.dp * self.cp) & (self.dp * self.cp - 1):
-            raise ValueError(
-                f"hybrid_context_parallel needs dp*cp to be a power of two, not {self.dp * self.cp}"
-            )
+            raise ValueError(f"hybrid_context_parallel needs dp*cp to be a power of two, not {self.dp * self.cp}")
         levels = self.hierarchical_context_parallel_sizes
         if levels:
             product = 1
             for level in levels:
                 product *= level
             if product != self.cp:
-                raise ValueError(
-                    f"hierarchical_context_parallel_sizes multiply to {product}, not cp = {self.cp}"
-                )
+                raise ValueError(f"hierarchical_context_parallel_sizes multiply to {product}, not cp = {self.cp}")
         return self
 
     @property

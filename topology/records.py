@@ -76,8 +76,7 @@ def fit_record(fitted: dict[str, float], points: list[Point]) -> dict[str, Any]:
         "parameters": fitted,
         "fitted_parameters": len(fitted),
         "points": [
-            {"curve": p.curve.name, "use": p.curve.use, "size_bytes": p.size_bytes, "error": p.error}
-            for p in points
+            {"curve": p.curve.name, "use": p.curve.use, "size_bytes": p.size_bytes, "error": p.error} for p in points
         ],
         "mean_error": mean_error(used),
         "mean_error_from_1_mib": mean_error(used, MIB),

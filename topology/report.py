@@ -115,12 +115,8 @@ def show_placement(console: Console, placement: Placement) -> None:
     console.print(f"order: {placement.strategy}; rank 0 on {placement.master}; hosts in rank order:")
     hosts = placement.hosts
     console.print(compress(hosts) if hosts == sorted(hosts) else ",".join(hosts[:8]) + f",... ({len(hosts)})")
-    console.print(
-        f"predicted communication {cost * 1e3:.3f} ms per step, bound {bound * 1e3:.3f} ms (+{gap:.3f} %)"
-    )
-    flows = table(
-        "flows", "group", "operation", ">size", ">calls", ">nodes", ">per node", ">spine hops", ">ms"
-    )
+    console.print(f"predicted communication {cost * 1e3:.3f} ms per step, bound {bound * 1e3:.3f} ms (+{gap:.3f} %)")
+    flows = table("flows", "group", "operation", ">size", ">calls", ">nodes", ">per node", ">spine hops", ">ms")
     for c in placement.cost.flows:
         flows.add_row(
             c.flow.kind,

@@ -86,9 +86,7 @@ def read(path: Path) -> Document:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise TopologyError(
-            f"cannot read the file: {why}", where=str(path), remedy="check the path"
-        ) from None
+        raise TopologyError(f"cannot read the file: {why}", where=str(path), remedy="check the path") from None
     return parse(text, str(path))
 
 

@@ -140,7 +140,10 @@ def measured(tmp_path_factory, text_prefix):  # noqa: F811
     tree = yaml.safe_load(path.read_text())
     tree["model"] |= dict(num_layers=4, num_attention_heads=4, num_query_groups=2, num_moe_experts=4)
     tree["model"] |= dict(layer_types=["full", "sliding", "full", "sliding"], sliding_window=9, skip_expert_bias=0.0)
-    tree["schedule"] |= dict(train_iters=STEPS + 1, micro_batch_size=1, eval_interval=100, eval_iters=1)
+    tree["schedule"] |= dict(
+        train_iters=STEPS + 1, micro_batch_size=1, global_batch_size=4, eval_interval=100, eval_iters=1
+    )
+    tree["data"] |= dict(seq_length=24)
     tree["optimizer"] = {"lr": 1e-3, "min_lr": 1e-3}
     path.write_text(yaml.safe_dump(tree))
     results = {}

@@ -56,9 +56,7 @@ MALFORMED = [(name, f"{GOOD}{text}\n", line, message) for name, text, line, mess
 MALFORMED += [(name, GOOD.replace(old, new), line, message) for name, old, new, line, message in REPLACED]
 
 
-@pytest.mark.parametrize(
-    ("text", "line", "message"), [case[1:] for case in MALFORMED], ids=[c[0] for c in MALFORMED]
-)
+@pytest.mark.parametrize(("text", "line", "message"), [case[1:] for case in MALFORMED], ids=[c[0] for c in MALFORMED])
 def test_malformed_clusters_name_the_line(text: str, line: int, message: str) -> None:
     with pytest.raises(TopologyError) as caught:
         fabric_from_text(text, "c.yaml")
@@ -79,9 +77,7 @@ def test_the_shipped_cluster_is_the_published_shape() -> None:
     [(2, 8, 1, "per_rail", 8), (16, 8, 2, "shared", 1), (16, 8, 2, "none", 16), (4, 1, 1, "none", 1),
      (16384, 8, 128, "per_rail", 8)],
 )  # fmt: skip
-def test_other_shapes_load_the_same_way(
-    nodes: int, rails: int, leaves: int, spine: str, domains: int
-) -> None:
+def test_other_shapes_load_the_same_way(nodes: int, rails: int, leaves: int, spine: str, domains: int) -> None:
     fabric = fabric_from_text(
         f"""
 name: shape

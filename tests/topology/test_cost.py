@@ -148,11 +148,7 @@ def test_a_version_may_force_the_knee() -> None:
     forced = replace(MODEL, parameters=MODEL.parameters.model_copy(update={"versions": [entry]}))
     shape = GroupShape(1, 8)
     assert forced.all_reduce(1 << 20, shape) == MODEL.all_reduce(1 << 20, shape)
-    assert (
-        forced.all_reduce(1 << 21, shape)
-        == MODEL.ring(1 << 21, shape, "bulk", 2)
-        > MODEL.all_reduce(1 << 21, shape)
-    )
+    assert forced.all_reduce(1 << 21, shape) == MODEL.ring(1 << 21, shape, "bulk", 2) > MODEL.all_reduce(1 << 21, shape)
     with pytest.raises(TopologyError, match="no cost-model data for this RCCL version"):
         replace(forced, rccl="9.9").all_reduce(1 << 20, GroupShape(2, 8))
 
@@ -163,8 +159,6 @@ def test_parameter_files_are_strict() -> None:
     from topology.parameters import Parameters
     from topology.yamlio import parse
 
-    with pytest.raises(
-        TopologyError, match=r"parameters.yaml:\d+: unknown key 'fitted.flat_kongestion'|missing"
-    ):
+    with pytest.raises(TopologyError, match=r"parameters.yaml:\d+: unknown key 'fitted.flat_kongestion'|missing"):
         parse(text, str(path)).validate(Parameters)
     assert load_parameters() == read(DEFAULT).validate(Parameters)

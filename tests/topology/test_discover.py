@@ -20,9 +20,7 @@ def leaf_of(node: int, nic: int) -> str:
     return f"leaf-r{nic}-{node // 3}"
 
 
-def write_dumps(
-    folder: Path, nodes: int = 6, cables: dict[tuple[int, int], str | None] | None = None
-) -> Path:
+def write_dumps(folder: Path, nodes: int = 6, cables: dict[tuple[int, int], str | None] | None = None) -> Path:
     """Dumps of a small cluster; `cables` overrides the leaf of (node, nic), None leaves the cable out."""
     cables = cables or {}
     for node in range(nodes):
@@ -140,9 +138,7 @@ def test_dumps_without_lldp_are_refused(tmp_path: Path) -> None:
 
 
 def test_parsers_read_the_tools_own_output() -> None:
-    assert parse_lldp("lldp.rail0.chassis.name=leaf-a\nlldp.rail0.chassis.descr=Arista") == {
-        "rail0": "leaf-a"
-    }
+    assert parse_lldp("lldp.rail0.chassis.name=leaf-a\nlldp.rail0.chassis.descr=Arista") == {"rail0": "leaf-a"}
     devinfo = "hca_id:\tionic_0\n\ttransport:\tInfiniBand (0)\n\t\tport:\t1\n\t\t\tstate:\t\tPORT_{} (4)\n"
     assert parse_ibv_devinfo(devinfo.format("ACTIVE")) == {"ionic_0": True}
     assert parse_ibv_devinfo(devinfo.format("DOWN")) == {"ionic_0": False}

@@ -55,14 +55,10 @@ def test_hostfile_torchrun_and_rankfile_agree_with_the_rank_map(placement: Place
     script = bundle.render(placement, "torchrun")
     for rank in (0, 17, 123):
         host = placement.hosts[rank]
-        shell = (
-            f'hostname() {{ echo {host}; }}; {script}\necho "$NODE_RANK $MASTER_ADDR $NNODES $NPROC_PER_NODE"'
-        )
+        shell = f'hostname() {{ echo {host}; }}; {script}\necho "$NODE_RANK $MASTER_ADDR $NNODES $NPROC_PER_NODE"'
         done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=True)
         assert done.stdout.split() == [str(rank), placement.master, "124", "8"]
-    stranger = subprocess.run(
-        ["bash", "-c", f"hostname() {{ echo x; }}; {script}"], capture_output=True, text=True
-    )
+    stranger = subprocess.run(["bash", "-c", f"hostname() {{ echo x; }}; {script}"], capture_output=True, text=True)
     assert stranger.returncode == 1 and "not part of this placement" in stranger.stderr
 
 
@@ -77,9 +73,7 @@ def test_slurm_block_topology_covers_every_node_once(placement: Placement) -> No
 def test_environment_file_is_shell_and_explains_every_variable(placement: Placement, tmp_path: Path) -> None:
     path = tmp_path / "env.sh"
     path.write_text(bundle.render(placement, "env"))
-    done = subprocess.run(
-        ["bash", "-c", f"set -eu; . {path}; env"], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run(["bash", "-c", f"set -eu; . {path}; env"], capture_output=True, text=True, check=True)
     values = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
     assert values["NCCL_PXN_DISABLE"] == "0" and values["NCCL_CROSS_NIC"] == "0"
     assert values["NCCL_IB_HCA"] == "=" + ",".join(f"ionic_{nic}" for nic in range(8))
@@ -126,9 +120,7 @@ def test_expected_bandwidth_is_the_model_with_thresholds_below() -> None:
         assert row.fail_gb_per_s < row.pass_gb_per_s < row.bus_gb_per_s
     row = next(r for r in rows if (r.op, r.nodes, r.per_node, r.size_bytes) == ("all_reduce", 2, 8, 1 << 33))
     seconds = model.all_reduce(1 << 33, GroupShape(2, 8))
-    assert row.bus_gb_per_s == pytest.approx(
-        (1 << 33) * bus_factor("all_reduce", 16) / seconds / 1e9, rel=1e-3
-    )
+    assert row.bus_gb_per_s == pytest.approx((1 << 33) * bus_factor("all_reduce", 16) / seconds / 1e9, rel=1e-3)
     # One NIC of eight missing must fail, and the published floor of 330 GB/s must not.
     assert row.bus_gb_per_s * 7 / 8 < row.pass_gb_per_s
     assert row.fail_gb_per_s < 330

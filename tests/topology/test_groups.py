@@ -100,9 +100,7 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: Plan(**layout).describe())
-def test_groups_equal_those_of_the_real_parallel_state(
-    layout: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_groups_equal_those_of_the_real_parallel_state(layout: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     real = groups_of_megatron(layout, monkeypatch)
     ours = {kind: groups.ranks.tolist() for kind, groups in derive_groups(Plan(**layout)).items()}
     ours.pop("world")

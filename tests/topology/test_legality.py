@@ -20,9 +20,7 @@ from topology.plan import Plan
 SHIPPED = Path(__file__).parents[2] / "configs/clusters/mi300x_128x8_rails.yaml"
 
 
-def cluster(
-    nodes: int, gpus: int, rails: int, *, spine: str = "per_rail", leaves: int = 2, extra: str = ""
-) -> Fabric:
+def cluster(nodes: int, gpus: int, rails: int, *, spine: str = "per_rail", leaves: int = 2, extra: str = "") -> Fabric:
     return fabric_from_text(
         f"""
 name: small
@@ -73,9 +71,7 @@ def fabrics_and_groups(draw: st.DrawFn) -> tuple[Fabric, list[int], bool]:
     names = [switch.name for switch in fabric.switches]
     fabric = fabric.with_failures(
         nodes=draw(st.lists(st.sampled_from(fabric.node_names), max_size=1)),
-        nics=draw(
-            st.lists(st.tuples(st.sampled_from(fabric.node_names), st.integers(0, gpus - 1)), max_size=2)
-        ),
+        nics=draw(st.lists(st.tuples(st.sampled_from(fabric.node_names), st.integers(0, gpus - 1)), max_size=2)),
         switches=draw(st.lists(st.sampled_from(names), max_size=3)),
     )
     members = draw(st.lists(st.integers(0, fabric.world_size - 1), min_size=1, max_size=8, unique=True))
@@ -129,9 +125,7 @@ def statuses(fabric: Fabric, plan: Plan) -> dict[str, int]:
 
 
 def test_the_default_order_keeps_data_parallel_groups_on_one_rail() -> None:
-    plan = Plan(
-        world_size=1024, tensor_model_parallel_size=2, context_parallel_size=4, pipeline_model_parallel_size=4
-    )
+    plan = Plan(world_size=1024, tensor_model_parallel_size=2, context_parallel_size=4, pipeline_model_parallel_size=4)
     found = statuses(load_fabric(SHIPPED), plan)
     assert found["tp"] == found["cp"] == INSIDE
     assert found["dp"] == found["pp"] == found["embd"] == SAME_RAIL

@@ -66,9 +66,7 @@ def test_degraded_clusters_use_healthy_nodes_once_and_respect_the_bound(
     assert set(slots) | set(found.spares) == set(range(128)) - down
     assert {node for node, _ in found.excluded} == down
     assert found.bound_s <= found.cost.total_s * (1 + 1e-9)
-    in_order = StepModel(damaged, found.plan, CostModel.for_fabric(damaged)).price(
-        damaged.usable_nodes[: len(slots)]
-    )
+    in_order = StepModel(damaged, found.plan, CostModel.for_fabric(damaged)).price(damaged.usable_nodes[: len(slots)])
     assert found.cost.total_s <= in_order.total_s * (1 + 1e-9)
 
 
@@ -99,9 +97,7 @@ def test_the_search_finds_the_optimum_of_small_fabrics() -> None:
     cluster = small(3, 2, down="[n2]")
     plan = Plan(world_size=8, pipeline_model_parallel_size=2)
     model = StepModel(cluster, plan, CostModel.for_fabric(cluster))
-    best = min(
-        model.price(np.array(order)).total_s for order in permutations(cluster.usable_nodes.tolist(), 4)
-    )
+    best = min(model.price(np.array(order)).total_s for order in permutations(cluster.usable_nodes.tolist(), 4))
     assert place(cluster, plan).cost.total_s == pytest.approx(best, rel=2e-3)
 
 
@@ -128,9 +124,7 @@ def test_illegal_plans_are_not_placed() -> None:
 def test_congested_uplinks_slow_the_groups_that_cross_them() -> None:
     plan = Plan(world_size=1024, pipeline_model_parallel_size=4)
     slots = np.arange(128).reshape(4, 32).T.ravel()  # every ring visits all leaves at every step
-    free, tight = (
-        StepModel(f, plan, CostModel.for_fabric(f)).price(slots) for f in (fabric(1.0), fabric(0.1))
-    )
+    free, tight = (StepModel(f, plan, CostModel.for_fabric(f)).price(slots) for f in (fabric(1.0), fabric(0.1)))
     assert tight.total_s > 2 * free.total_s
 
 
@@ -149,14 +143,10 @@ def test_link_loads_add_up() -> None:
     load = link_load(found)
     assert sum(load.uplink_bytes.values()) == pytest.approx(found.cost.spine_bytes)
     w = found.plan.workload
-    dispatched = (
-        4 * w.num_layers * 4 * w.seq_length * w.hidden_size * w.activation_bytes
-    )  # 4 microbatches / 4 stages
+    dispatched = 4 * w.num_layers * 4 * w.seq_length * w.hidden_size * w.activation_bytes  # 4 microbatches / 4 stages
     by_kind = {cost.flow.kind: cost for cost in found.cost.flows}
     ep = by_kind["ep"]
-    assert ep.network_bytes / ep.shape.ranks == pytest.approx(dispatched / 4 / 2), (
-        "half of the tokens leave the node"
-    )
+    assert ep.network_bytes / ep.shape.ranks == pytest.approx(dispatched / 4 / 2), "half of the tokens leave the node"
     assert load.nic_bytes > ep.network_bytes / ep.shape.ranks and load.xgmi_bytes > 0
 
 

@@ -22,15 +22,11 @@ REPORT = 'echo "$SLURM_PROCID $SLURMD_NODENAME $SLURM_LOCALID $SLURM_TOPOLOGY_AD
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
     fabric = load_fabric(SHIPPED)
-    with slurm_cluster(
-        tmp_path_factory.mktemp("slurm") / "c", fabric.node_names, topology_conf(fabric)
-    ) as running:
+    with slurm_cluster(tmp_path_factory.mktemp("slurm") / "c", fabric.node_names, topology_conf(fabric)) as running:
         yield running
 
 
-def launch(
-    cluster: SlurmCluster, placement: Placement, folder: Path
-) -> tuple[dict[int, tuple[str, int]], set[str]]:
+def launch(cluster: SlurmCluster, placement: Placement, folder: Path) -> tuple[dict[int, tuple[str, int]], set[str]]:
     """Run one light task per rank in planned order: rank -> (host, local rank), topology addresses."""
     hostfile = folder / "hostfile"
     hostfile.write_text(slurm_hostfile(placement))

@@ -88,9 +88,7 @@ def test_lint_exits_with_one_on_errors() -> None:
     assert "0 errors" in call("lint", str(LOGS / "healthy.log"), "--cluster", SHIPPED)
     shown = call("lint", str(LOGS / "cross-rail-edge.log"), status=1)
     assert "cross-rail-edge" in shown
-    assert "n0:100:207 [7] NCCL INFO" in shown, (
-        "log lines are shown as they are, markup and emoji codes included"
-    )
+    assert "n0:100:207 [7] NCCL INFO" in shown, "log lines are shown as they are, markup and emoji codes included"
     found = read_json("lint", *map(str, sorted(LOGS.glob("*.log"))), status=1)
     assert {"relay", "missing-nic", "odd-channels"} <= {issue["rule"] for issue in found}
 

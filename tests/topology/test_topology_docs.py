@@ -22,9 +22,7 @@ COMMANDS = re.findall(r"^\$ zaya topology (.*)$", TEXT, re.M)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_commands_of_the_documentation_run(
-    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_commands_of_the_documentation_run(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "plan.yaml").write_text(re.findall(r"```yaml\n(.*?)```", TEXT, re.S)[0])
     for folder in ("configs", "tests"):

@@ -94,9 +94,7 @@ def environment(fabric: Fabric, verdicts: list[Verdict] | tuple[Verdict, ...]) -
             gates = [f"{n} {c}" for n, c in (("ROCm", entry.rocm), ("RCCL", entry.rccl)) if c]
             value, reason = entry.value.format(**fill), entry.reason.format(**fill)
             found.append(
-                Variable(
-                    entry.name, value, reason, entry.source, ", ".join(gates) or "any version", entry.disputed
-                )
+                Variable(entry.name, value, reason, entry.source, ", ".join(gates) or "any version", entry.disputed)
             )
     return found
 

@@ -31,9 +31,7 @@ def _leaf_rows(placement: Placement) -> list[tuple[int, list[str], int]]:
     rows = []
     for group in np.unique(fabric.leaf_group):
         nodes = np.flatnonzero(fabric.leaf_group == group)
-        rows.append(
-            (int(group), [fabric.node_names[n] for n in nodes], sum(int(n) in used for n in nodes.tolist()))
-        )
+        rows.append((int(group), [fabric.node_names[n] for n in nodes], sum(int(n) in used for n in nodes.tolist())))
     return rows
 
 
@@ -59,8 +57,7 @@ def graphviz(placement: Placement) -> str:
                 seen.add(leaf)
                 part = load.uplink_bytes.get(group, 0.0) / fabric.nics_per_node / max(1, len(switch.up))
                 lines += [
-                    f'  "{switch.name}" -- "{fabric.switches[up].name}" [label="{human(part)}"];'
-                    for up in switch.up
+                    f'  "{switch.name}" -- "{fabric.switches[up].name}" [label="{human(part)}"];' for up in switch.up
                 ]
     return "\n".join([*dict.fromkeys(lines), "}"]) + "\n"
 
@@ -99,9 +96,7 @@ def svg(placement: Placement) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _leaf_box(
-    placement: Placement, load: LinkLoad, group: int, nodes: list[str], nic: int, x: int, y: int
-) -> str:
+def _leaf_box(placement: Placement, load: LinkLoad, group: int, nodes: list[str], nic: int, x: int, y: int) -> str:
     fabric = placement.fabric
     leaf = int(fabric.leaf[fabric.node_index[nodes[0]], nic])
     name = fabric.switches[leaf].name if leaf >= 0 else "no cable"

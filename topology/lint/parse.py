@@ -28,9 +28,7 @@ _CHANNELS = re.compile(r"(\d+) coll channels,.*?(\d+) p2p channels,")
 _COMM = re.compile(r"comm (0x[0-9a-f]+) rank (\d+) nRanks (\d+) nNodes (\d+) localRanks (\d+)")
 _PATTERN = re.compile(r"Pattern (\d+), crossNic (\d+), nChannels (\d+)")
 _GRAPH = re.compile(r"^\s*(\d+) :\s+NET/(?:\d+-)?(\d+) .*NET/(?:\d+-)?(\d+)\s*$")
-_TROUBLE = re.compile(
-    r"Connection timed out|Got completion from peer .* status=12|Watchdog caught collective"
-)
+_TROUBLE = re.compile(r"Connection timed out|Got completion from peer .* status=12|Watchdog caught collective")
 
 
 @dataclass(frozen=True)
