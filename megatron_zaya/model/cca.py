@@ -17,7 +17,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
@@ -25,6 +24,7 @@ from megatron.core.utils import divide
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from megatron_zaya.model.derivatives import causal_taps, rotate
 from megatron_zaya.model.sharding import describe_shard
 from megatron_zaya.model.transformer_config import ZayaTransformerConfig
 
@@ -86,22 +86,37 @@ def causal_convolutions(
         [S, B, C] in the dtype of ``x_SBC``.
     """
     seq, batch, channels = x_SBC.shape
-    head_width, taps0, taps1 = grouped_weight.shape[1], depthwise_weight.shape[2], grouped_weight.shape[2]
-    if history_PBC is None:
-        history_PBC = x_SBC.new_zeros(taps0 + taps1 - 2, batch, channels)
-    x_SBC = torch.cat([history_PBC, x_SBC])
-    rows = seq + taps1 - 1
-    y = depthwise_bias
-    for tap in range(taps0):
-        y = torch.addcmul(y, x_SBC[tap : tap + rows], depthwise_weight[:, 0, tap])
-    # One matrix product per head and tap, over all rows at once: [heads, rows*B, D] x [heads, D_in, D_out].
+    head_width = grouped_weight.shape[1]
     heads = channels // head_width
-    y = y.view(rows * batch, heads, head_width).transpose(0, 1)
-    weight = grouped_weight.view(heads, head_width, head_width, taps1)
-    out = grouped_bias.view(heads, 1, head_width)
-    for tap in range(taps1):
-        out = torch.baddbmm(out, y[:, tap * batch : (tap + seq) * batch], weight[..., tap].transpose(1, 2))
-    return out.transpose(0, 1).reshape(seq, batch, channels)
+    weight_kXDD, bias_X1D = merge_convolutions(depthwise_weight, depthwise_bias, grouped_weight, grouped_bias)
+    history = len(weight_kXDD) - 1
+    if history_PBC is None:
+        history_PBC = x_SBC.new_zeros(history, batch, channels)
+    x_RBC = torch.cat([history_PBC, x_SBC])
+    x_XRD = x_RBC.view((history + seq) * batch, heads, head_width).transpose(0, 1)
+    dtype = x_SBC.dtype
+    out_XTD = causal_taps(x_XRD, weight_kXDD.to(dtype), bias_X1D.to(dtype), step=batch)
+    return out_XTD.transpose(0, 1).reshape(seq, batch, channels)
+
+
+def merge_convolutions(
+    depthwise_weight: Tensor, depthwise_bias: Tensor, grouped_weight: Tensor, grouped_bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return weight [k0 + k1 - 1, heads, D_in, D_out] and bias [heads, 1, D_out] of the one equal convolution.
+
+    Nothing stands between the two, so they merge; the products of the weights are small next to those of the tokens.
+    """
+    channels, head_width, taps1 = grouped_weight.shape
+    heads, taps0 = channels // head_width, depthwise_weight.shape[2]
+    first_k0XD1 = at_least_fp32(depthwise_weight).view(heads, head_width, 1, taps0).permute(3, 0, 1, 2)
+    second_k1XDD = at_least_fp32(grouped_weight).view(heads, head_width, head_width, taps1).permute(3, 0, 2, 1)
+    # Tap a of the first and tap b of the second reach the same input as every other pair with the same a + b.
+    merged = [
+        sum(first_k0XD1[a] * second_k1XDD[tap - a] for a in range(taps0) if 0 <= tap - a < taps1)
+        for tap in range(taps0 + taps1 - 1)
+    ]
+    bias = at_least_fp32(depthwise_bias).view(heads, 1, head_width) @ second_k1XDD.sum(0)
+    return torch.stack(merged), bias + at_least_fp32(grouped_bias).view(heads, 1, head_width)
 
 
 def couple_means(qk_SBXD: Tensor, query_heads: int) -> Tensor:
@@ -116,10 +131,10 @@ def couple_means(qk_SBXD: Tensor, query_heads: int) -> Tensor:
     return torch.cat([q.flatten(2, 3), q.mean(dim=3)], dim=2)
 
 
-def scale_to_sqrt_width(x: Tensor) -> Tensor:
-    """L2-normalise the last dimension (width D) to length sqrt(D), in the dtype of ``x``."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).eps)
-    return x * (math.sqrt(x.shape[-1]) / norm)
+def scale_to_sqrt_width(x_SBXD: Tensor, temperature_X1: Tensor) -> Tensor:
+    """L2-normalise the last dimension (width D) to length sqrt(D) times temperature, in the dtype of ``x_SBXD``."""
+    norm = torch.linalg.vector_norm(x_SBXD, dim=-1, keepdim=True).clamp_min(torch.finfo(x_SBXD.dtype).eps)
+    return x_SBXD * (temperature_X1 * math.sqrt(x_SBXD.shape[-1]) / norm)
 
 
 def delay_one_token(x_SBV: Tensor, previous_1BV: Tensor | None = None) -> Tensor:
@@ -231,10 +246,12 @@ class CompressedConvolutionalAttention(MegatronModule):
         # q and k stay side by side (X = Q + K heads) until attention: one kernel each for what they share.
         heads = (seq, batch, self.query_heads + self.kv_heads, self.config.kv_channels)
         mean_SBXD = couple_means(at_least_fp32(qk_SBC).reshape(heads), self.query_heads)
-        qk_SBXD = scale_to_sqrt_width(self._convolve(qk_SBC).view(heads) + mean_SBXD)
         temperature = at_least_fp32(self.temperature)
-        qk_SBXD = qk_SBXD * torch.cat([temperature.new_ones(self.query_heads), temperature])[:, None]
-        qk_SBXD = apply_rotary_pos_emb(qk_SBXD.to(x_SBH.dtype), rotary_pos_emb, config=self.config)
+        temperature_X1 = torch.cat([temperature.new_ones(self.query_heads), temperature])[:, None]
+        qk_SBXD = scale_to_sqrt_width(self._convolve(qk_SBC).view(heads) + mean_SBXD, temperature_X1)
+        angles = rotary_pos_emb[..., : rotary_pos_emb.shape[-1] // 2]  # the other half repeats them
+        dtype = x_SBH.dtype
+        qk_SBXD = rotate(qk_SBXD.to(dtype), angles.cos().to(dtype), angles.sin().to(dtype))
         q_SBQD, k_SBKD = qk_SBXD.split([self.query_heads, self.kv_heads], dim=2)
 
         current, delayed = v_SBV.split([self.current_width, self.kv_width - self.current_width], dim=-1)

@@ -14,6 +14,7 @@ from megatron.core.utils import divide
 from torch import Tensor, nn
 
 from megatron_zaya.compat.capabilities import grouped_product_works
+from megatron_zaya.model.derivatives import run_product, weighted_swiglu
 from megatron_zaya.model.sharding import describe_shard
 from megatron_zaya.model.transformer_config import ZayaTransformerConfig
 
@@ -32,8 +33,7 @@ def grouped_product(x_TI: Tensor, weight_EOI: Tensor, tokens_per_expert: Tensor)
     if grouped_product_works(x_TI.device.type, x_TI.dtype):
         offsets = tokens_per_expert.to(x_TI.device).cumsum(0).to(torch.int32)
         return F.grouped_mm(x_TI, weight_EOI.transpose(1, 2), offs=offsets)
-    runs = x_TI.split(tokens_per_expert.tolist())
-    return torch.cat([F.linear(run, weight) for run, weight in zip(runs, weight_EOI.unbind(), strict=True)])
+    return run_product(x_TI, weight_EOI, tokens_per_expert.tolist())
 
 
 class GroupedExperts(MegatronModule):
@@ -57,6 +57,5 @@ class GroupedExperts(MegatronModule):
             nothing = 0.0 * (self.linear_fc1.sum() + self.linear_fc2.sum())
             return x_TH * probs_T.unsqueeze(-1).to(x_TH.dtype) + nothing
         gate_up = grouped_product(x_TH, self.linear_fc1.flatten(1, 2), tokens_per_expert)
-        gate_TF, up_TF = gate_up.chunk(2, dim=-1)
-        inner_TF = F.silu(gate_TF) * up_TF * probs_T.unsqueeze(-1).to(x_TH.dtype)
+        inner_TF = weighted_swiglu(gate_up, probs_T.unsqueeze(-1).to(x_TH.dtype))
         return grouped_product(inner_TF, self.linear_fc2, tokens_per_expert)

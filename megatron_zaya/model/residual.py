@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from megatron_zaya.model.derivatives import rms_norm, scaled_sum
 from megatron_zaya.model.transformer_config import ZayaTransformerConfig
 
 
@@ -30,7 +31,7 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x`` [..., hidden]; the result has the weight's dtype."""
-        return super().forward(x.to(self.weight.dtype))
+        return rms_norm(x.to(self.weight.dtype), self.weight, self.eps)
 
 
 class InputScaling(nn.Module):
@@ -59,7 +60,11 @@ class ResidualScaling(nn.Module):
     def forward(self, hidden_SBH: Tensor, residual_SBH: Tensor) -> Tensor:
         """Merge the output of a sublayer into the residual stream; the result has the residual's dtype."""
         wide = residual_SBH.dtype
-        h_scale, r_scale = self.hidden_scale.to(wide), self.residual_scale.to(wide)
-        # The two biases are constants of the token: one vector, two fused multiply-adds over the stream.
-        constant_H = self.hidden_bias.to(wide) * h_scale + self.residual_bias.to(wide) * r_scale
-        return torch.addcmul(torch.addcmul(constant_H, hidden_SBH.to(wide), h_scale), residual_SBH, r_scale)
+        return scaled_sum(
+            hidden_SBH.to(wide),
+            self.hidden_scale.to(wide),
+            self.hidden_bias.to(wide),
+            residual_SBH,
+            self.residual_scale.to(wide),
+            self.residual_bias.to(wide),
+        )
