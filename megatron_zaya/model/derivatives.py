@@ -180,3 +180,21 @@ class _RunProduct(Function):
 def run_product(x_TI: Tensor, weight_EOI: Tensor, runs: list[int]) -> Tensor:
     """Multiply each run of rows (lengths sum to T) with its own matrix, one product after the other: [T, O]."""
     return _RunProduct.apply(x_TI, weight_EOI, runs)
+
+
+class _RowPermutation(Function):
+    @staticmethod
+    def forward(ctx: Any, x_TH: Tensor, order_T: Tensor, inverse_T: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse_T)
+        return x_TH.index_select(0, order_T)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, None, None]:
+        inverse_T = ctx.saved_tensors[0]
+        return grad_TH.index_select(0, inverse_T), None, None
+
+
+def permute_rows(x_TH: Tensor, order_T: Tensor, inverse_T: Tensor) -> Tensor:
+    """Return ``x_TH[order_T]`` for a permutation and its inverse: backward is a gather too, not a scatter-add."""
+    return _RowPermutation.apply(x_TH, order_T, inverse_T)
