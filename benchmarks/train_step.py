@@ -29,15 +29,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # run as a script, the tests' model builders are not importable otherwise
-
 import torch
 from torch import Tensor
 
 from megatron_zaya.compat import cpu, quiet_megatron
 from megatron_zaya.config import RunConfig, load_config
 
+ROOT = Path(__file__).resolve().parents[1]
 EXPERT_IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 ADAMW = dict(lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=True)
 BATCHED_LIMIT_BYTES = 4 << 30
@@ -107,6 +105,8 @@ def build_sides(config: RunConfig, pg_collection: Any, device: torch.device) -> 
     from megatron_zaya.convert.hf import to_hf
     from megatron_zaya.model.init import initialise
     from megatron_zaya.model.transformer_config import DTYPES
+
+    sys.path.insert(0, str(ROOT))  # for the tests' model builders, when run as a script
     from tests.model.small import hf_config, our_model
 
     dtype = DTYPES[config.run.precision]
