@@ -144,34 +144,51 @@ def delay_one_token(x_SBV: Tensor, previous_1BV: Tensor | None = None) -> Tensor
     return torch.cat([previous_1BV, x_SBV[:-1]])
 
 
+def attend(q_SBQD: Tensor, k_TBKD: Tensor, v_TBKD: Tensor, mask_ST: Tensor | None = None) -> Tensor:
+    """Grouped-query attention through torch's fused kernels, causal unless a mask says what is seen: [S, B, Q, D]."""
+    q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SBQD, k_TBKD, v_TBKD))
+    grouped = q.shape[1] != k.shape[1]
+    out_BQSD = F.scaled_dot_product_attention(q, k, v, mask_ST, is_causal=mask_ST is None, enable_gqa=grouped)
+    return out_BQSD.permute(2, 0, 1, 3)
+
+
 class CausalAttention(nn.Module):
-    """Grouped-query causal attention through torch's fused kernels, over all tokens or a sliding window."""
+    """Causal attention over all tokens, or over a sliding window of the last ``window`` ones (itself included)."""
 
     def __init__(self, config: ZayaTransformerConfig, layer_number: int) -> None:
         super().__init__()
         self.window = config.sliding_window if config.is_sliding(layer_number) else None
-        self._mask: Tensor | None = None
-
-    def _window_mask(self, seq: int, device: torch.device) -> Tensor:
-        if self._mask is None or self._mask.shape[0] != seq or self._mask.device != device:
-            distance = torch.arange(seq, device=device)[:, None] - torch.arange(seq, device=device)[None, :]
-            self._mask = (distance >= 0) & (distance < self.window)
-        return self._mask
 
     def forward(self, q_SBQD: Tensor, k_SBKD: Tensor, v_SBKD: Tensor) -> Tensor:
         """Return [S, B, Q*D]; the logits are scaled by 1/sqrt(D)."""
-        seq, batch = q_SBQD.shape[:2]
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SBQD, k_SBKD, v_SBKD))
-        masked = self.window is not None and self.window < seq
-        out_BQSD = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=self._window_mask(seq, q.device) if masked else None,
-            is_causal=not masked,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
-        return out_BQSD.permute(2, 0, 1, 3).reshape(seq, batch, -1)
+        seq = len(q_SBQD)
+        if self.window is None or self.window >= seq:
+            return attend(q_SBQD, k_SBKD, v_SBKD).flatten(2)
+        return attend_in_window(q_SBQD, k_SBKD, v_SBKD, self.window).flatten(2)
+
+
+def attend_in_window(q_SBQD: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, window: int) -> Tensor:
+    """Attend in blocks of ``window`` tokens (W), each to itself and the block before: work grows with S, not S^2.
+
+    The first block is causal; the others (n of them) share one mask and become batch entries.
+    """
+    seq, batch = q_SBQD.shape[:2]
+    blocks = -(-seq // window) - 1
+    padding = (0, 0, 0, 0, 0, 0, 0, (blocks + 1) * window - seq)
+    q, k, v = (F.pad(x, padding) if padding[-1] else x for x in (q_SBQD, k_SBKD, v_SBKD))
+    first = attend(q[:window], k[:window], v[:window])
+
+    def pair_blocks(x_SBKD: Tensor) -> Tensor:
+        x_nWBKD = x_SBKD.unflatten(0, (blocks + 1, window))
+        return torch.cat([x_nWBKD[:-1], x_nWBKD[1:]], dim=1)
+
+    query, key = torch.arange(window, device=q.device), torch.arange(2 * window, device=q.device)
+    distance = query[:, None] + window - key
+    mask = (distance >= 0) & (distance < window)
+    rest = (q[window:].unflatten(0, (blocks, window)), pair_blocks(k), pair_blocks(v))
+    rest = attend(*(x.transpose(0, 1).flatten(1, 2) for x in rest), mask)
+    rest_SBQD = rest.unflatten(1, (blocks, batch)).transpose(0, 1).flatten(0, 1)
+    return torch.cat([first, rest_SBQD])[:seq]
 
 
 class CompressedConvolutionalAttention(MegatronModule):
