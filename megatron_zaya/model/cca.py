@@ -24,7 +24,7 @@ from megatron.core.utils import divide
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from megatron_zaya.model.derivatives import causal_taps, rotate
+from megatron_zaya.model.derivatives import causal_taps, rotate, scale_to_length
 from megatron_zaya.model.sharding import describe_shard
 from megatron_zaya.model.transformer_config import ZayaTransformerConfig
 
@@ -129,12 +129,6 @@ def couple_means(qk_SBXD: Tensor, query_heads: int) -> Tensor:
     q, k = qk_SBXD.split([query_heads, groups], dim=2)
     q = (q.reshape(seq, batch, groups, query_heads // groups, width) + k.unsqueeze(3)) * 0.5
     return torch.cat([q.flatten(2, 3), q.mean(dim=3)], dim=2)
-
-
-def scale_to_sqrt_width(x_SBXD: Tensor, temperature_X1: Tensor) -> Tensor:
-    """L2-normalise the last dimension (width D) to length sqrt(D) times temperature, in the dtype of ``x_SBXD``."""
-    norm = torch.linalg.vector_norm(x_SBXD, dim=-1, keepdim=True).clamp_min(torch.finfo(x_SBXD.dtype).eps)
-    return x_SBXD * (temperature_X1 * math.sqrt(x_SBXD.shape[-1]) / norm)
 
 
 def delay_one_token(x_SBV: Tensor, previous_1BV: Tensor | None = None) -> Tensor:
@@ -265,7 +259,8 @@ class CompressedConvolutionalAttention(MegatronModule):
         mean_SBXD = couple_means(at_least_fp32(qk_SBC).reshape(heads), self.query_heads)
         temperature = at_least_fp32(self.temperature)
         temperature_X1 = torch.cat([temperature.new_ones(self.query_heads), temperature])[:, None]
-        qk_SBXD = scale_to_sqrt_width(self._convolve(qk_SBC).view(heads) + mean_SBXD, temperature_X1)
+        length_X1 = temperature_X1 * math.sqrt(self.config.kv_channels)
+        qk_SBXD = scale_to_length(self._convolve(qk_SBC).view(heads) + mean_SBXD, length_X1)
         angles = rotary_pos_emb[..., : rotary_pos_emb.shape[-1] // 2]  # the other half repeats them
         dtype = x_SBH.dtype
         qk_SBXD = rotate(qk_SBXD.to(dtype), angles.cos().to(dtype), angles.sin().to(dtype))

@@ -198,3 +198,27 @@ class _RowPermutation(Function):
 def permute_rows(x_TH: Tensor, order_T: Tensor, inverse_T: Tensor) -> Tensor:
     """Return ``x_TH[order_T]`` for a permutation and its inverse: backward is a gather too, not a scatter-add."""
     return _RowPermutation.apply(x_TH, order_T, inverse_T)
+
+
+class _ScaleToLength(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, length_X1: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        smallest = torch.finfo(x.dtype).eps
+        inverse = norm.clamp_min(smallest).reciprocal_()
+        ctx.save_for_backward(x, length_X1, inverse, norm > smallest)
+        return x * (inverse * length_X1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, length_X1, inverse, unclamped = ctx.saved_tensors
+        along = (grad * x).sum(-1, keepdim=True).mul_(inverse)
+        scale = inverse * length_X1
+        grad_x = (grad * scale).addcmul_(x, along * scale * inverse * unclamped, value=-1)
+        return grad_x, along.flatten(0, -3).sum(0)
+
+
+def scale_to_length(x: Tensor, length_X1: Tensor) -> Tensor:
+    """Return length * x / |x| over the last dimension of [..., X, D]; a norm below the dtype's epsilon counts as it."""
+    return _ScaleToLength.apply(x, length_X1)
