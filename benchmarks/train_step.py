@@ -53,8 +53,8 @@ class Case:
 
 
 CASES = {
-    "small": Case("smoke_cpu.yaml", batch=4, seq=256, steps=24),
-    "100m": Case("zaya_100m.yaml", batch=2, seq=256, steps=10),
+    "small": Case("smoke_cpu.yaml", batch=4, seq=256, steps=20),
+    "100m": Case("zaya_100m.yaml", batch=2, seq=256, steps=6),
 }
 
 
