@@ -87,7 +87,7 @@ def detect() -> list[Capability]:
             "grouped product",
             bool(grouped),
             ", ".join(grouped) or "none",
-            "experts run as one product" if grouped else "experts run one by one",
+            "experts run as one product, on an accelerator",
         ),
         Capability(
             "TransformerEngine",

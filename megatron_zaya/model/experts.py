@@ -19,6 +19,14 @@ from megatron_zaya.model.sharding import describe_shard
 from megatron_zaya.model.transformer_config import ZayaTransformerConfig
 
 
+def runs_grouped(device_type: str, dtype: torch.dtype) -> bool:
+    """Return whether the experts run as torch's grouped product, or one after the other.
+
+    On a CPU torch's grouped product is a loop as well, one that fills its results with zeros first.
+    """
+    return device_type != "cpu" and grouped_product_works(device_type, dtype)
+
+
 def grouped_product(x_TI: Tensor, weight_EOI: Tensor, tokens_per_expert: Tensor) -> Tensor:
     """Multiply each run of rows with its expert's matrix.
 
@@ -30,7 +38,7 @@ def grouped_product(x_TI: Tensor, weight_EOI: Tensor, tokens_per_expert: Tensor)
     Returns:
         [T, O].
     """
-    if grouped_product_works(x_TI.device.type, x_TI.dtype):
+    if runs_grouped(x_TI.device.type, x_TI.dtype):
         offsets = tokens_per_expert.to(x_TI.device).cumsum(0).to(torch.int32)
         return F.grouped_mm(x_TI, weight_EOI.transpose(1, 2), offs=offsets)
     return run_product(x_TI, weight_EOI, tokens_per_expert.tolist())

@@ -113,7 +113,7 @@ def test_fallback_equals_the_grouped_product(monkeypatch, counts):
     x, weight, cotangent = torch.randn(16, 16), torch.randn(4, 32, 16), torch.randn(16, 32)
     results = []
     for works in (True, False):
-        monkeypatch.setattr(experts_module, "grouped_product_works", lambda device, dtype, works=works: works)
+        monkeypatch.setattr(experts_module, "runs_grouped", lambda device, dtype, works=works: works)
         leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
         out = grouped_product(*leaves, torch.tensor(counts))
         out.backward(cotangent)
