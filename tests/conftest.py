@@ -1,4 +1,4 @@
-"""Shared fixtures: the CPU stand-ins, and one single-rank process group for every test of this process."""
+"""Shared fixtures: the CPU stand-ins and a world of one rank, for the tests of a module and gone after them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def pg_collection():
     """Megatron-Core's process groups of a world of one rank (no network: an in-process store)."""
     import torch
@@ -19,8 +19,11 @@ def pg_collection():
     cpu.install()
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    from megatron.core import parallel_state
+
     from megatron_zaya.config.sections import ParallelConfig
     from megatron_zaya.parallel.groups import build_process_groups
 
     yield build_process_groups(ParallelConfig(), seed=1234)
+    parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()
