@@ -19,11 +19,9 @@ def pg_collection():
     cpu.install()
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    from megatron.core import parallel_state
-
     from megatron_zaya.config.sections import ParallelConfig
-    from megatron_zaya.parallel.groups import build_process_groups
+    from megatron_zaya.parallel.groups import build_process_groups, release_process_groups
 
     yield build_process_groups(ParallelConfig(), seed=1234)
-    parallel_state.destroy_model_parallel()
+    release_process_groups()
     torch.distributed.destroy_process_group()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -26,3 +27,14 @@ def build_process_groups(parallel: ParallelConfig, seed: int) -> ProcessGroupCol
     )
     model_parallel_cuda_manual_seed(seed)
     return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def release_process_groups() -> None:
+    """Destroy every group that :func:`build_process_groups` made, but not the world. Collective.
+
+    Megatron-Core forgets its groups without destroying them; their sockets and threads would stay.
+    """
+    for group in parallel_state._global_process_group_list or []:
+        if group is not None:  # None stands for the world
+            torch.distributed.destroy_process_group(group)
+    parallel_state.destroy_model_parallel()

@@ -14,7 +14,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -30,7 +29,7 @@ from megatron_zaya.model.specs import zaya_layer_spec
 from megatron_zaya.model.transformer_config import ZayaTransformerConfig, zaya_transformer_config
 from megatron_zaya.model.zaya_model import EMBEDDING, ZayaModel
 from megatron_zaya.optim.balancing import BiasBalancer
-from megatron_zaya.parallel.groups import build_process_groups
+from megatron_zaya.parallel.groups import build_process_groups, release_process_groups
 from megatron_zaya.parallel.pipeline import ZayaP2PCommunicator
 from megatron_zaya.plan.layout import pipeline_stages
 from megatron_zaya.preconditions import checkpoint_to_load
@@ -67,7 +66,7 @@ def distributed_world(config: RunConfig, env: RankEnv) -> Iterator[torch.device]
     try:
         yield cpu.device()
     finally:
-        parallel_state.destroy_model_parallel()
+        release_process_groups()
         torch.distributed.destroy_process_group()
 
 

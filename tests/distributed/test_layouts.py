@@ -1,4 +1,4 @@
-"""Every layout computes what one rank computes: logits, every gathered gradient, and a 20-step loss curve (fp32).
+"""Every layout computes what one rank computes: logits, gathered gradients, the first steps of training (fp32).
 
 The layouts are data (layouts.py); this is the one runner. Ranks of equal number share their processes.
 """
@@ -18,14 +18,13 @@ from tests.train.conftest import run_file as make_run_file
 from tests.train.conftest import text_prefix  # noqa: F401 (fixture)
 
 TOLERANCE = 1e-5
-STEPS = 20
+STEPS = 3
 
 
 def measure(run_file: Path, layouts: dict[str, dict]) -> dict[str, dict]:
-    """Run on each rank: for every layout, this rank's shards of logits and gradients, and the curve of 20 steps."""
-    from megatron.core import parallel_state
-
+    """Run on each rank: for every layout, its shards of logits and gradients, and the figures of the first steps."""
     from launch.env import read_rank_env
+    from megatron_zaya.parallel.groups import release_process_groups
     from megatron_zaya.plan.layout import check_layout
     from megatron_zaya.train.setup import build_job, distributed_world
 
@@ -39,10 +38,10 @@ def measure(run_file: Path, layouts: dict[str, dict]) -> dict[str, dict]:
             check_layout(whole, env.world_size)
             job = build_job(whole, env, device)
             result = {"logits": logits_of(job), "gradients": gradients_of(job)}
-            parallel_state.destroy_model_parallel()
+            release_process_groups()
             job = build_job(load_config(run_file, overrides), env, device)
             result["curve"] = curve_of(job)
-            parallel_state.destroy_model_parallel()
+            release_process_groups()
             results[name] = result
     return results
 
@@ -178,15 +177,12 @@ def test_every_gathered_gradient_equals_that_of_one_rank(measured, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_twenty_steps_equal_those_of_one_rank(measured, layout):
+def test_the_first_steps_equal_those_of_one_rank(measured, layout):
     ours, one = np.array(measured[layout]["curve"]), np.array(measured["one"]["curve"])
     np.testing.assert_allclose(ours[:, 0], one[:, 0], rtol=TOLERANCE)
     np.testing.assert_allclose(ours[:, 1], one[:, 1], rtol=10 * TOLERANCE)
 
 
-def test_the_reference_exercises_experts_and_the_skip_class(measured):
-    one = measured["one"]
-    curve = np.array(one["curve"])
-    assert curve[-1, 0] < curve[0, 0]
-    experts = np.abs(one["gradients"]["layers.1.mlp.experts.linear_fc1"]).reshape(4, -1).max(axis=1)
-    assert (experts > 0).sum() >= 2
+def test_the_reference_exercises_several_experts(measured):
+    gradient = measured["one"]["gradients"]["layers.1.mlp.experts.linear_fc1"]
+    assert (np.abs(gradient).reshape(4, -1).max(axis=1) > 0).sum() >= 2
