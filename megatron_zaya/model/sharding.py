@@ -10,7 +10,6 @@ from collections.abc import Mapping
 
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -18,7 +17,8 @@ from torch.distributed import ProcessGroup
 def describe_shard(parameter: Tensor, groups: Mapping[int, ProcessGroup]) -> None:
     """Record which process group splits which axis, for us and (as far as it can express it) for Megatron-Core."""
     parameter.shard_groups = dict(groups)
-    set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=max(groups), stride=1)
+    # Set here and not by its helper: parameters that it made itself have them in some versions, not in others.
+    parameter.tensor_model_parallel, parameter.partition_dim, parameter.partition_stride = True, max(groups), 1
 
 
 def shard_groups(parameter: Tensor) -> dict[int, ProcessGroup]:
