@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import importlib.util
 import os
 import platform
 from dataclasses import dataclass
@@ -28,12 +27,6 @@ def _version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-@functools.cache
-def has_transformer_engine() -> bool:
-    """Return whether TransformerEngine can be imported."""
-    return importlib.util.find_spec("transformer_engine") is not None
 
 
 @functools.cache

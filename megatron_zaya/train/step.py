@@ -23,7 +23,6 @@ class StepResult:
     """What a step leaves behind for the loop, equal on all ranks."""
 
     loss: float
-    tokens: int
     grad_norm: float
     skip_rate: float
     max_expert_load: float
@@ -124,7 +123,6 @@ def train_step(job: TrainingJob) -> StepResult:
     skip_rate, max_expert_load, stop_signal = _summarise(job, counts_LN)
     return StepResult(
         loss=mean_loss,
-        tokens=int(loss[1].item()),
         grad_norm=float(grad_norm),
         skip_rate=skip_rate,
         max_expert_load=max_expert_load,
