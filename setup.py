@@ -29,6 +29,7 @@ setup(
         "rich>=13.7",
         "torch>=2.8",
         "typer>=0.12",
+        "xxhash>=3.5",
     ],
     extras_require={
         "hf": ["safetensors>=0.4", "tokenizers>=0.20", "transformers>=5.23"],
