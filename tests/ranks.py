@@ -1,8 +1,13 @@
-"""Run a function on several real gloo ranks of this machine and collect what each returns."""
+"""Run a function on several real gloo ranks of this machine and collect what each returns.
+
+Ranks are forked from a server process that has imported torch and Megatron-Core once, and has run nothing: importing
+them anew costs each rank seconds, and forking the test process itself would copy its threads' locks.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import pickle
 import socket
@@ -48,9 +53,11 @@ def run_ranks(function: Callable, world_size: int, *arguments: Any) -> list[Any]
 
     The processes have torchrun's environment. An exception on any rank fails the caller with its traceback.
     """
+    multiprocessing.set_forkserver_preload(["megatron_zaya.train.loop", "tests.ranks"])
     with tempfile.TemporaryDirectory() as folder:
         with contextlib.suppress(mp.ProcessExitedException, mp.ProcessRaisedException):  # reported below
-            mp.spawn(_rank, (world_size, free_port(), function, arguments, folder), nprocs=world_size)
+            given = (world_size, free_port(), function, arguments, folder)
+            mp.start_processes(_rank, given, nprocs=world_size, start_method="forkserver")
         results = [
             pickle.loads(path.read_bytes()) if path.exists() else (False, "died without a word")
             for path in (Path(folder, str(rank)) for rank in range(world_size))
