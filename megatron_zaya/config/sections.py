@@ -156,6 +156,10 @@ class ScheduleConfig(Section):
     """Iterations between evaluations on held-out text; 0 evaluates never."""
     eval_iters: PositiveInt = 8
     """Global batches per evaluation."""
+    nan_policy: Literal["stop", "skip"] = "stop"
+    """A loss that is not finite ends the run (a supervised one goes on from its last checkpoint), or costs the step."""
+    nan_limit: PositiveInt = 3
+    """With "skip": consecutive steps that may be left out before the run ends after all."""
 
     @model_validator(mode="after")
     def _check(self) -> ScheduleConfig:

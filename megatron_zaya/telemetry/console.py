@@ -5,7 +5,16 @@ from __future__ import annotations
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from megatron_zaya.telemetry.events import Evaluated, Event, RunEnded, RunStarted, Saved, StepDone
+from megatron_zaya.telemetry.events import (
+    Evaluated,
+    Event,
+    RunEnded,
+    RunStarted,
+    Saved,
+    SaveFailed,
+    StepDone,
+    StepSkipped,
+)
 
 
 def step_line(event: StepDone) -> str:
@@ -43,6 +52,10 @@ def plain_line(event: Event) -> str:
             )
         case Saved():
             return f" saved checkpoint at iteration {event.iteration} to {event.path} in {event.time_s:.2f} s"
+        case StepSkipped():
+            return f" iteration {event.iteration} skipped: its loss is {event.loss} ({event.in_a_row} in a row)"
+        case SaveFailed():
+            return f" NOT saved at iteration {event.iteration}: {event.reason}; the run goes on"
         case RunEnded():
             return f" training ended after iteration {event.iteration}: {event.reason}"
 

@@ -71,6 +71,23 @@ class Saved:
 
 
 @dataclass(frozen=True)
+class StepSkipped:
+    """A step without a finite loss, left out (`schedule.nan_policy: skip`); the parameters did not change."""
+
+    iteration: int
+    loss: float
+    in_a_row: int
+
+
+@dataclass(frozen=True)
+class SaveFailed:
+    """A checkpoint step could not be written; the run goes on, and the next save may succeed."""
+
+    iteration: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class RunEnded:
     """The loop is over."""
 
@@ -79,7 +96,7 @@ class RunEnded:
     """"finished", or the name of the signal that stopped it."""
 
 
-Event = RunStarted | StepDone | Evaluated | Saved | RunEnded
+Event = RunStarted | StepDone | StepSkipped | Evaluated | Saved | SaveFailed | RunEnded
 
 
 class Sink(Protocol):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_zaya.telemetry.events import RunEnded, RunStarted, StepDone
+from megatron_zaya.telemetry.events import RunEnded, RunStarted, StepDone, StepSkipped
 from megatron_zaya.train.callbacks.base import Callback
 from megatron_zaya.train.state import TrainingJob
 from megatron_zaya.train.step import StepResult, train_step
@@ -57,9 +57,13 @@ def train(job: TrainingJob, callbacks: Sequence[Callback]) -> str:
         start = time.perf_counter()
         learning_rate = job.optimizer.param_groups[0]["lr"]
         result = train_step(job)
-        job.events.emit(_step_event(job, result, learning_rate, time.perf_counter() - start))
+        if result.skipped:
+            job.events.emit(StepSkipped(job.state.iteration, result.loss, job.skipped_in_a_row))
+        else:
+            job.events.emit(_step_event(job, result, learning_rate, time.perf_counter() - start))
         if result.stop_signal:
             reason = signal.Signals(result.stop_signal).name
+        job.save_asked = result.save_asked
         for callback in callbacks:
             callback.after_step(job)
         if result.stop_signal:

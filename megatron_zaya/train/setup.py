@@ -36,24 +36,29 @@ from megatron_zaya.preconditions import checkpoint_to_load
 from megatron_zaya.telemetry.console import LiveConsole, PlainConsole
 from megatron_zaya.telemetry.curve import LossCurveSink
 from megatron_zaya.telemetry.events import EventStream, Sink
+from megatron_zaya.telemetry.heartbeat import Heartbeat
 from megatron_zaya.telemetry.jsonl import JsonlSink
 from megatron_zaya.train.callbacks.base import Callback
 from megatron_zaya.train.callbacks.checkpoint import SaveCheckpoints
+from megatron_zaya.train.callbacks.drill import Drills
 from megatron_zaya.train.callbacks.evaluate import Evaluate
+from megatron_zaya.train.callbacks.heartbeat import Beat
+from megatron_zaya.train.callbacks.switches import SwitchFiles
 from megatron_zaya.train.checkpoint import load_job
 from megatron_zaya.train.state import TrainingJob, TrainState
+from megatron_zaya.train.timing import BusyTimer
 
 if TYPE_CHECKING:
-    from launch.env import RankEnv
+    from launch.env import RankContext
 
 
 @contextlib.contextmanager
-def distributed_world(config: RunConfig, env: RankEnv) -> Iterator[torch.device]:
+def distributed_world(config: RunConfig, env: RankContext) -> Iterator[torch.device]:
     """Join the job's world for the duration of the block; yield the device of this rank."""
     cpu.install()
     accelerator = cpu.has_accelerator()
     if accelerator:
-        torch.cuda.set_device(env.local_rank)
+        torch.cuda.set_device(env.device_index)
     backend = config.run.backend
     if backend == "auto":
         backend = "nccl" if accelerator else "gloo"
@@ -170,7 +175,7 @@ def build_optimizer(
     return optimizer, scheduler
 
 
-def _build_data(config: RunConfig, env: RankEnv) -> Datasets:
+def _build_data(config: RunConfig, env: RankContext) -> Datasets:
     schedule = config.schedule
     held_out = schedule.eval_iters * schedule.global_batch_size if schedule.eval_interval else 0
     return build_datasets(
@@ -197,7 +202,7 @@ def _count_parameters(
     return total, total - embedding - experts + experts // config.model.num_moe_experts
 
 
-def _build_events(config: RunConfig, env: RankEnv) -> EventStream:
+def _build_events(config: RunConfig, env: RankContext) -> EventStream:
     """Rank 0 has the sinks; the run folder gets the resolved configuration."""
     if env.rank != 0:
         return EventStream()
@@ -213,17 +218,19 @@ def _build_events(config: RunConfig, env: RankEnv) -> EventStream:
     return EventStream(sinks)
 
 
-def build_callbacks(config: RunConfig) -> Sequence[Callback]:
-    """Return what happens between steps, in order: evaluate, then save."""
-    callbacks: list[Callback] = []
+def build_callbacks(config: RunConfig, env: RankContext) -> Sequence[Callback]:
+    """Return what happens between steps, in order: obey switch files, evaluate, save, fail on purpose, sign of life."""
+    callbacks: list[Callback] = [SwitchFiles(config.run_dir, env.rank)]
     if config.schedule.eval_interval:
         callbacks.append(Evaluate(config.schedule.eval_interval))
     checkpointer = Checkpointer(config.checkpoint_dir)
     callbacks.append(SaveCheckpoints(checkpointer, config.checkpoint.save_interval, config.checkpoint.save_at_end))
+    callbacks.append(Drills(env.supervision.drill, env.rank, env.supervision.attempt))
+    callbacks.append(Beat())
     return callbacks
 
 
-def build_job(config: RunConfig, env: RankEnv, device: torch.device) -> TrainingJob:
+def build_job(config: RunConfig, env: RankContext, device: torch.device) -> TrainingJob:
     """Build everything a rank needs, and load the checkpoint that the run starts from. Collective.
 
     Raises:
@@ -252,7 +259,11 @@ def build_job(config: RunConfig, env: RankEnv, device: torch.device) -> Training
         state=TrainState(data_fingerprint=order_fingerprint(datasets.train)),
         events=EventStream(),
         parameters=_count_parameters(config, pg_collection, model),
+        heartbeat=Heartbeat(env.supervision.heartbeat_file),
+        busy=BusyTimer(device),
     )
+    finalize = model[0].config.finalize_model_grads_func
+    model[0].config.finalize_model_grads_func = job.busy.before(finalize)
     start = checkpoint_to_load(config)
     if start is not None:
         load_job(job, *start)
@@ -269,4 +280,5 @@ def build_job(config: RunConfig, env: RankEnv, device: torch.device) -> Training
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, lambda received, frame: setattr(job, "stop_signal", received))
     job.events = _build_events(config, env)
+    job.heartbeat.beat("first step", job.state.iteration)
     return job

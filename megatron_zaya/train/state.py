@@ -16,6 +16,8 @@ from megatron_zaya.config import RunConfig
 from megatron_zaya.optim.balancing import BiasBalancer
 from megatron_zaya.parallel.pipeline import ZayaP2PCommunicator
 from megatron_zaya.telemetry.events import EventStream
+from megatron_zaya.telemetry.heartbeat import Heartbeat
+from megatron_zaya.train.timing import BusyTimer
 
 
 @dataclass
@@ -49,6 +51,12 @@ class TrainingJob:
     resumed_from: str | None = None
     stop_signal: int = 0
     """Number of the signal that asked for a stop; 0 if none."""
+    save_asked: bool = False
+    """Set where somebody asks for a save; after the next step all ranks agree on it."""
+    skipped_in_a_row: int = 0
+    """Steps without a finite loss since the last good one."""
+    heartbeat: Heartbeat = field(default_factory=lambda: Heartbeat(None))
+    busy: BusyTimer = field(default_factory=lambda: BusyTimer(torch.device("cpu")))
     parameters: tuple[int, int] = field(default=(0, 0))
     """Parameters of the whole model: all, and active per token without the embedding."""
 

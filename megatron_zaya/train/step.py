@@ -5,6 +5,7 @@ zero gradients -> forward, backward of every micro-batch -> reduce gradients -> 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +28,8 @@ class StepResult:
     skip_rate: float
     max_expert_load: float
     stop_signal: int
+    save_asked: bool
+    skipped: bool = False
 
 
 def _token_loss(loss_mask_BS: Tensor, loss_BS: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -81,23 +84,45 @@ def _reduce_over_tokens(job: TrainingJob, loss: Tensor, counts_LN: Tensor) -> tu
     return loss, counts_LN
 
 
-def _summarise(job: TrainingJob, counts_LN: Tensor) -> tuple[float, float, int]:
-    """Return the skip rate, the load of the busiest expert over all stages, and the signal that any rank received."""
+def _summarise(job: TrainingJob, counts_LN: Tensor) -> tuple[float, float, int, bool]:
+    """Return the skip rate, the load of the busiest expert over all stages, and what any rank was asked for."""
     experts_LE = counts_LN[:, :-1]
     even_share_L = experts_LE.sum(dim=1).clamp_min(1) / experts_LE.shape[1]
     sums = torch.stack([counts_LN[:, -1].sum(), counts_LN.sum()])
     torch.distributed.all_reduce(sums, group=job.pg_collection.pp)
-    peaks = torch.stack([(experts_LE.amax(dim=1) / even_share_L).max(), sums.new_tensor(job.stop_signal)])
+    asked = sums.new_tensor([job.stop_signal, job.save_asked])
+    peaks = torch.cat([(experts_LE.amax(dim=1) / even_share_L).max()[None], asked])
     torch.distributed.all_reduce(peaks, op=torch.distributed.ReduceOp.MAX)
-    return (sums[0] / sums[1]).item(), peaks[0].item(), int(peaks[1].item())
+    return (sums[0] / sums[1]).item(), peaks[0].item(), int(peaks[1].item()), bool(peaks[2].item())
+
+
+def _check_finite(job: TrainingJob, mean_loss: float, iteration: int) -> bool:
+    """Return whether the step is to be taken; the loss is equal on all ranks, so they agree.
+
+    Raises:
+        TrainingError: the loss is not finite and the policy does not let the step be skipped (any more).
+    """
+    if math.isfinite(mean_loss):
+        job.skipped_in_a_row = 0
+        return True
+    schedule = job.config.schedule
+    job.skipped_in_a_row += 1
+    if schedule.nan_policy == "skip" and job.skipped_in_a_row <= schedule.nan_limit:
+        return False
+    before = f" ({schedule.nan_limit} steps before it were skipped)" if schedule.nan_policy == "skip" else ""
+    raise TrainingError(
+        f"iteration {iteration}: the loss is {mean_loss}{before}; the parameters are those of the last good iteration. "
+        "Lower optimizer.lr, or look at the data of this step"
+    )
 
 
 def train_step(job: TrainingJob) -> StepResult:
     """Run one optimizer step. Collective.
 
     Raises:
-        TrainingError: the loss or the gradient is not finite; nothing has been stepped then.
+        TrainingError: the gradient is not finite, or the loss is not and `schedule.nan_policy` does not skip it.
     """
+    job.busy.start()
     for chunk in job.model:
         chunk.zero_grad_buffer()
     job.optimizer.zero_grad()
@@ -107,26 +132,26 @@ def train_step(job: TrainingJob) -> StepResult:
     counts_LN = _take_router_counts(job)
     loss, counts_LN = _reduce_over_tokens(job, loss, counts_LN)
     mean_loss = (loss[0] / loss[1]).item()
-    if not torch.isfinite(loss[0]):
-        raise TrainingError(
-            f"iteration {iteration}: the loss is {mean_loss}; the parameters are those of iteration {iteration - 1}. "
-            "Lower optimizer.lr, or look at the data of this step"
-        )
-    updated, grad_norm, _ = job.optimizer.step()
-    if not updated or not torch.isfinite(torch.tensor(grad_norm)):
-        raise TrainingError(f"iteration {iteration}: the gradient norm is {grad_norm}; lower optimizer.lr")
-    job.balancer.step(counts_LN, iteration)
+    sound = _check_finite(job, mean_loss, iteration)
+    grad_norm = math.nan
+    if sound:
+        updated, grad_norm, _ = job.optimizer.step()
+        if not updated or not math.isfinite(grad_norm):
+            raise TrainingError(f"iteration {iteration}: the gradient norm is {grad_norm}; lower optimizer.lr")
+        job.balancer.step(counts_LN, iteration)
     job.scheduler.step(increment=1)
     job.state.iteration = iteration
     job.state.consumed_samples += job.config.schedule.global_batch_size
 
-    skip_rate, max_expert_load, stop_signal = _summarise(job, counts_LN)
+    skip_rate, max_expert_load, stop_signal, save_asked = _summarise(job, counts_LN)
     return StepResult(
         loss=mean_loss,
         grad_norm=float(grad_norm),
         skip_rate=skip_rate,
         max_expert_load=max_expert_load,
         stop_signal=stop_signal,
+        save_asked=save_asked,
+        skipped=not sound,
     )
 
 

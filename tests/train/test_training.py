@@ -26,7 +26,7 @@ def train_runs(run_file: Path, runs: list[list[str]]) -> list[dict[int, tuple]]:
         for overrides in runs:
             config = load_config(run_file, overrides)
             job = build_job(config, env, device)
-            assert train(job, build_callbacks(config)) == "finished"
+            assert train(job, build_callbacks(config, env)) == "finished"
             job.events.close()
             assert job.state.consumed_samples == job.state.iteration * config.schedule.global_batch_size
             release_process_groups()

@@ -21,5 +21,6 @@ class Evaluate(Callback):
         iteration = job.state.iteration
         if iteration % self.interval == 0 or iteration == job.config.schedule.train_iters:
             start = time.perf_counter()
+            job.heartbeat.beat("evaluate", iteration)
             loss, tokens = evaluate(job)
             job.events.emit(Evaluated(iteration, loss, tokens, time.perf_counter() - start))
