@@ -111,10 +111,7 @@ def agree(context: RankContext, facts: Mapping[str, Any], deadline_s: float = DE
     """
     if context.is_single:
         return
-    if context.rank == 0:
-        problems = _collect(context, facts, deadline_s)
-    else:
-        problems = _report(context, facts, deadline_s)
+    problems = (_collect if context.rank == 0 else _report)(context, facts, deadline_s)
     if problems:
         raise LaunchError("the ranks do not agree, so nothing was started:\n  " + "\n  ".join(problems))
 
@@ -187,8 +184,8 @@ def _absent(context: RankContext, records: Mapping[int, Any], deadline_s: float)
         if rank not in records:
             missing.setdefault(context.host_of(rank), []).append(rank)
     return [
-        f"{host}: no answer from rank{'s' * (len(ranks) > 1)} {_ranks(ranks)} within {deadline_s:g} s; is the node up, and "
-        f"does it reach {context.master_addr} port {context.agreement_port}?"
+        f"{host}: no answer from rank{'s' * (len(ranks) > 1)} {_ranks(ranks)} within {deadline_s:g} s; is the node "
+        f"up, and does it reach {context.master_addr} port {context.agreement_port}?"
         for host, ranks in missing.items()
     ]
 
@@ -218,8 +215,8 @@ def _report(context: RankContext, facts: Mapping[str, Any], deadline_s: float) -
                 return verdict
         except socket.gaierror as error:
             raise LaunchError(
-                f"{socket.gethostname()} cannot resolve {context.master_addr!r}, the host of rank 0 ({error.strerror}): "
-                "check the hostfile and the name service of this node"
+                f"{socket.gethostname()} cannot resolve {context.master_addr!r}, the host of rank 0 "
+                f"({error.strerror}): check the hostfile and the name service of this node"
             ) from None
         except OSError as error:
             reason = error.strerror or str(error)

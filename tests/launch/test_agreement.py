@@ -105,5 +105,5 @@ def test_a_port_in_use_and_a_name_that_does_not_resolve():
     ):
         agree(ranks[0], facts_of(ranks)[0], 1.0)
     lost = RankContext(1, 2, 0, 1, master_addr="no-such-host.invalid", master_port=ranks[0].master_port)
-    with pytest.raises(LaunchError, match="cannot resolve 'no-such-host.invalid'"):
+    with pytest.raises(LaunchError, match=r"cannot resolve 'no-such-host\.invalid'"):
         agree(lost, facts_of(ranks)[0], 5.0)
