@@ -24,7 +24,7 @@ from megatron.core.utils import divide
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from megatron_zaya.model.derivatives import causal_taps, rotate, scale_to_length
+from megatron_zaya.model.derivatives import causal_taps, merged_taps, normalised_sum, pair_blocks, rotate
 from megatron_zaya.model.sharding import describe_shard
 from megatron_zaya.model.transformer_config import ZayaTransformerConfig
 
@@ -110,25 +110,8 @@ def merge_convolutions(
     heads, taps0 = channels // head_width, depthwise_weight.shape[2]
     first_k0XD1 = at_least_fp32(depthwise_weight).view(heads, head_width, 1, taps0).permute(3, 0, 1, 2)
     second_k1XDD = at_least_fp32(grouped_weight).view(heads, head_width, head_width, taps1).permute(3, 0, 2, 1)
-    # Tap a of the first and tap b of the second reach the same input as every other pair with the same a + b.
-    merged = [
-        sum(first_k0XD1[a] * second_k1XDD[tap - a] for a in range(taps0) if 0 <= tap - a < taps1)
-        for tap in range(taps0 + taps1 - 1)
-    ]
     bias = at_least_fp32(depthwise_bias).view(heads, 1, head_width) @ second_k1XDD.sum(0)
-    return torch.stack(merged), bias + at_least_fp32(grouped_bias).view(heads, 1, head_width)
-
-
-def couple_means(qk_SBXD: Tensor, query_heads: int) -> Tensor:
-    """Return the mean coupling that goes around the convolutions, for the query heads and then the key heads.
-
-    Each query head is averaged with its key head; each key head becomes the mean of its group of those.
-    """
-    seq, batch, heads, width = qk_SBXD.shape
-    groups = heads - query_heads
-    q, k = qk_SBXD.split([query_heads, groups], dim=2)
-    q = (q.reshape(seq, batch, groups, query_heads // groups, width) + k.unsqueeze(3)) * 0.5
-    return torch.cat([q.flatten(2, 3), q.mean(dim=3)], dim=2)
+    return merged_taps(first_k0XD1, second_k1XDD), bias + at_least_fp32(grouped_bias).view(heads, 1, head_width)
 
 
 def delay_one_token(x_SBV: Tensor, previous_1BV: Tensor | None = None) -> Tensor:
@@ -170,16 +153,14 @@ def attend_in_window(q_SBQD: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, window: int
     blocks = -(-seq // window) - 1
     padding = (0, 0, 0, 0, 0, 0, 0, (blocks + 1) * window - seq)
     q, k, v = (F.pad(x, padding) if padding[-1] else x for x in (q_SBQD, k_SBKD, v_SBKD))
-    first = attend(q[:window], k[:window], v[:window])
-
-    def pair_blocks(x_SBKD: Tensor) -> Tensor:
-        x_nWBKD = x_SBKD.unflatten(0, (blocks + 1, window))
-        return torch.cat([x_nWBKD[:-1], x_nWBKD[1:]], dim=1)
+    q_first, q_rest = q.split([window, blocks * window])
+    (k_first, k_pairs), (v_first, v_pairs) = (pair_blocks(x, window) for x in (k, v))
+    first = attend(q_first, k_first, v_first)
 
     query, key = torch.arange(window, device=q.device), torch.arange(2 * window, device=q.device)
     distance = query[:, None] + window - key
     mask = (distance >= 0) & (distance < window)
-    rest = (q[window:].unflatten(0, (blocks, window)), pair_blocks(k), pair_blocks(v))
+    rest = (q_rest.unflatten(0, (blocks, window)), k_pairs, v_pairs)
     rest = attend(*(x.transpose(0, 1).flatten(1, 2) for x in rest), mask)
     rest_SBQD = rest.unflatten(1, (blocks, batch)).transpose(0, 1).flatten(0, 1)
     return torch.cat([first, rest_SBQD])[:seq]
@@ -255,15 +236,14 @@ class CompressedConvolutionalAttention(MegatronModule):
         seq, batch = qkv_SBC.shape[:2]
 
         # q and k stay side by side (X = Q + K heads) until attention: one kernel each for what they share.
-        heads = (seq, batch, self.query_heads + self.kv_heads, self.config.kv_channels)
-        mean_SBXD = couple_means(at_least_fp32(qk_SBC).reshape(heads), self.query_heads)
+        heads = (seq * batch, self.query_heads + self.kv_heads, self.config.kv_channels)
         temperature = at_least_fp32(self.temperature)
         temperature_X1 = torch.cat([temperature.new_ones(self.query_heads), temperature])[:, None]
         length_X1 = temperature_X1 * math.sqrt(self.config.kv_channels)
-        qk_SBXD = scale_to_length(self._convolve(qk_SBC).view(heads) + mean_SBXD, length_X1)
+        convolved_TXD, plain_TXD = (at_least_fp32(x).view(heads) for x in (self._convolve(qk_SBC), qk_SBC))
+        qk_TXD = normalised_sum(convolved_TXD, plain_TXD, length_X1, self.query_heads)
         angles = rotary_pos_emb[..., : rotary_pos_emb.shape[-1] // 2]  # the other half repeats them
-        dtype = x_SBH.dtype
-        qk_SBXD = rotate(qk_SBXD.to(dtype), angles.cos().to(dtype), angles.sin().to(dtype))
+        qk_SBXD = rotate(qk_TXD.to(x_SBH.dtype).view(seq, batch, *heads[1:]), angles)
         q_SBQD, k_SBKD = qk_SBXD.split([self.query_heads, self.kv_heads], dim=2)
 
         current, delayed = v_SBV.split([self.current_width, self.kv_width - self.current_width], dim=-1)

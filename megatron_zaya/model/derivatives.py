@@ -6,6 +6,7 @@ gradient is the sum of slices, it is written in place instead of padding each sl
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -30,8 +31,9 @@ class _RMSNorm(Function):
         normed_TH = x_TH * inverse_T1
         product_TH = grad_TH * normed_TH
         along_T1 = (product_TH @ weight_H).div_(x_TH.shape[-1]).unsqueeze(-1)
-        grad_x = (grad_TH * weight_H).addcmul_(normed_TH, along_T1, value=-1).mul_(inverse_T1)
-        return grad_x, product_TH.sum(0), None
+        grad_weight_H = product_TH.sum(0)
+        grad_x_TH = torch.mul(grad_TH, weight_H, out=product_TH)
+        return grad_x_TH.addcmul_(normed_TH, along_T1, value=-1).mul_(inverse_T1), grad_weight_H, None
 
 
 def rms_norm(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
@@ -60,7 +62,7 @@ class _ScaledSum(Function):
         a_scale_grad_H = product.flatten(0, -2).sum(0).addcmul_(sum_H, a_bias_H)
         torch.mul(grad, b, out=product)
         b_scale_grad_H = product.flatten(0, -2).sum(0).addcmul_(sum_H, b_bias_H)
-        grad_a = grad * a_scale_H, a_scale_grad_H, sum_H * a_scale_H
+        grad_a = torch.mul(grad, a_scale_H, out=product), a_scale_grad_H, sum_H * a_scale_H
         return *grad_a, grad * b_scale_H, b_scale_grad_H, sum_H * b_scale_H
 
 
@@ -86,8 +88,10 @@ class _WeightedSwiGLU(Function):
         grad_gate_up = torch.empty_like(gate_up)
         grad_gate_TF, grad_up_TF = grad_gate_up.chunk(2, dim=-1)
         torch.mul(grad_TF, F.silu(gate_TF), out=grad_up_TF)
-        grad_weight_T1 = (grad_up_TF * up_TF).sum(-1, keepdim=True)
-        torch.ops.aten.silu_backward(grad_TF * up_TF, gate_TF, grad_input=grad_gate_TF)
+        product_TF = grad_up_TF * up_TF
+        grad_weight_T1 = product_TF.sum(-1, keepdim=True)
+        torch.mul(grad_TF, up_TF, out=product_TF)
+        torch.ops.aten.silu_backward(product_TF, gate_TF, grad_input=grad_gate_TF)
         return grad_gate_up.mul_(weight_T1), grad_weight_T1
 
 
@@ -98,29 +102,32 @@ def weighted_swiglu(gate_up: Tensor, weight_T1: Tensor) -> Tensor:
 
 class _Rotation(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        half = cos.shape[-1]
-        first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
-        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
-        torch.mul(second, cos, out=out[..., half : 2 * half]).addcmul_(first, sin)
-        out[..., 2 * half :] = rest
+    def forward(ctx: Any, x: Tensor, cos_D: Tensor, sin_h: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_D, sin_h)
+        half = sin_h.shape[-1]
+        out = x * cos_D
+        out[..., :half].addcmul_(x[..., half : 2 * half], sin_h, value=-1)
+        out[..., half : 2 * half].addcmul_(x[..., :half], sin_h)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _Rotation.apply(grad, cos, -sin), None, None
+        cos_D, sin_h = ctx.saved_tensors
+        return _Rotation.apply(grad, cos_D, -sin_h), None, None
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding: turn the pairs (i, i + W/2) of the first W = 2 * cos.shape[-1] of the last dimension.
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotary position embedding: turn the pairs (i, i + h) of the first 2h components of the last dimension.
 
-    ``cos`` and ``sin`` broadcast against ``x``; the other components pass.
+    Args:
+        x: [..., D].
+        angles: [..., h] in fp32 or wider, broadcast against ``x``. Their cosines and sines are rounded to the dtype
+            of ``x``, as in the released code.
     """
-    return _Rotation.apply(x, cos, sin)
+    cos = angles.cos().to(x.dtype)
+    rest = cos.new_ones(*cos.shape[:-1], x.shape[-1] - 2 * cos.shape[-1])
+    return _Rotation.apply(x, torch.cat([cos, cos, rest], dim=-1), angles.sin().to(x.dtype))
 
 
 class _CausalTaps(Function):
@@ -153,6 +160,33 @@ def causal_taps(x_XRD: Tensor, weight_kXDD: Tensor, bias_X1D: Tensor, step: int)
     The R rows of ``x_XRD`` are ``(taps - 1) * step`` more than those of the result [X, T, D].
     """
     return _CausalTaps.apply(x_XRD, weight_kXDD, bias_X1D, step)
+
+
+class _BlockPairs(Function):
+    @staticmethod
+    def forward(ctx: Any, x_SBKD: Tensor, window: int) -> tuple[Tensor, Tensor]:
+        x_nWBKD = x_SBKD.unflatten(0, (-1, window))
+        ctx.window = window
+        return x_SBKD[:window].clone(), torch.cat([x_nWBKD[:-1], x_nWBKD[1:]], dim=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_first: Tensor, grad_pairs: Tensor) -> tuple[Tensor, None]:
+        before, itself = grad_pairs.split(ctx.window, dim=1)
+        grad = grad_pairs.new_empty(len(grad_pairs) + 1, *before.shape[1:])
+        torch.add(grad_first, before[0], out=grad[0])
+        torch.add(itself[:-1], before[1:], out=grad[1:-1])
+        grad[-1] = itself[-1]
+        return grad.flatten(0, 1), None
+
+
+def pair_blocks(x_SBKD: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """Cut the sequence into n + 1 blocks of W = ``window`` tokens.
+
+    Returns:
+        The first block [W, B, K, D], and each of the others behind its predecessor [n, 2W, B, K, D].
+    """
+    return _BlockPairs.apply(x_SBKD, window)
 
 
 class _RunProduct(Function):
@@ -200,25 +234,78 @@ def permute_rows(x_TH: Tensor, order_T: Tensor, inverse_T: Tensor) -> Tensor:
     return _RowPermutation.apply(x_TH, order_T, inverse_T)
 
 
-class _ScaleToLength(Function):
+@lru_cache
+def mean_coupling(query_heads: int, groups: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the matrix [X, X] over heads, queries then keys, that couples q and k around the convolutions.
+
+    Each query head is averaged with its key head; each key head becomes the mean of its group of those.
+    """
+    group_of_QK = torch.eye(groups, dtype=dtype, device=device).repeat_interleave(query_heads // groups, dim=0)
+    queries = torch.cat([torch.eye(query_heads, dtype=dtype, device=device), group_of_QK], dim=1) / 2
+    return torch.cat([queries, group_of_QK.T @ queries * (groups / query_heads)])
+
+
+class _NormalisedSum(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, length_X1: Tensor) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        smallest = torch.finfo(x.dtype).eps
+    def forward(ctx: Any, conv_TXD: Tensor, qk_TXD: Tensor, coupling_XX: Tensor, length_X1: Tensor) -> Tensor:
+        sum_TXD = torch.baddbmm(conv_TXD, coupling_XX.expand(len(qk_TXD), -1, -1), qk_TXD)
+        norm = torch.linalg.vector_norm(sum_TXD, dim=-1, keepdim=True)
+        smallest = torch.finfo(sum_TXD.dtype).eps
         inverse = norm.clamp_min(smallest).reciprocal_()
-        ctx.save_for_backward(x, length_X1, inverse, norm > smallest)
-        return x * (inverse * length_X1)
+        ctx.save_for_backward(sum_TXD, coupling_XX, length_X1, inverse, norm > smallest)
+        return sum_TXD * (inverse * length_X1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        x, length_X1, inverse, unclamped = ctx.saved_tensors
-        along = (grad * x).sum(-1, keepdim=True).mul_(inverse)
+    def backward(ctx: Any, grad_TXD: Tensor) -> tuple[Tensor, Tensor, None, Tensor]:
+        sum_TXD, coupling_XX, length_X1, inverse, unclamped = ctx.saved_tensors
+        along = (grad_TXD * sum_TXD).sum(-1, keepdim=True).mul_(inverse)
         scale = inverse * length_X1
-        grad_x = (grad * scale).addcmul_(x, along * scale * inverse * unclamped, value=-1)
-        return grad_x, along.flatten(0, -3).sum(0)
+        grad_sum = (grad_TXD * scale).addcmul_(sum_TXD, along * scale * inverse * unclamped, value=-1)
+        grad_qk = torch.bmm(coupling_XX.t().expand(len(grad_sum), -1, -1), grad_sum)
+        return grad_sum, grad_qk, None, along.sum(0)
 
 
-def scale_to_length(x: Tensor, length_X1: Tensor) -> Tensor:
-    """Return length * x / |x| over the last dimension of [..., X, D]; a norm below the dtype's epsilon counts as it."""
-    return _ScaleToLength.apply(x, length_X1)
+def normalised_sum(conv_TXD: Tensor, qk_TXD: Tensor, length_X1: Tensor, query_heads: int) -> Tensor:
+    """Return length * x / |x| of x = convolved heads + mean coupling of the plain heads; |.| over D.
+
+    A norm below the dtype's epsilon counts as it.
+    """
+    groups = qk_TXD.shape[1] - query_heads
+    coupling_XX = mean_coupling(query_heads, groups, qk_TXD.dtype, qk_TXD.device)
+    return _NormalisedSum.apply(conv_TXD, qk_TXD, coupling_XX, length_X1)
+
+
+class _MergedTaps(Function):
+    @staticmethod
+    def forward(ctx: Any, first_aXD1: Tensor, second_bXDD: Tensor) -> Tensor:
+        ctx.save_for_backward(first_aXD1, second_bXDD)
+        taps0, taps1 = len(first_aXD1), len(second_bXDD)
+        out = second_bXDD.new_zeros(taps0 + taps1 - 1, *second_bXDD.shape[1:])
+        for a, first_XD1 in enumerate(first_aXD1):
+            out[a : a + taps1].addcmul_(first_XD1, second_bXDD)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_kXDD: Tensor) -> tuple[Tensor, Tensor]:
+        first_aXD1, second_bXDD = ctx.saved_tensors
+        grad_first, grad_second = torch.empty_like(first_aXD1), torch.zeros_like(second_bXDD)
+        for a, first_XD1 in enumerate(first_aXD1):
+            grad = grad_kXDD[a : a + len(second_bXDD)]
+            grad_first[a] = (grad * second_bXDD).sum((0, -1)).unsqueeze(-1)
+            grad_second.addcmul_(first_XD1, grad)
+        return grad_first, grad_second
+
+
+def merged_taps(first_aXD1: Tensor, second_bXDD: Tensor) -> Tensor:
+    """Return the taps of a depthwise, then a full convolution: out[k] = sum over a + b = k of first[a] second[b].
+
+    Args:
+        first_aXD1: the factor of each of the D channels of head X, per tap.
+        second_bXDD: the [in, out] matrix of each head, per tap.
+
+    Returns:
+        [taps of the first + taps of the second - 1, X, D, D].
+    """
+    return _MergedTaps.apply(first_aXD1, second_bXDD)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_zaya.model.cca import CausalAttention, CCASubmodules, CompressedConvolutionalAttention
 from megatron_zaya.model.layer import ZayaLayer, ZayaLayerSubmodules
+from megatron_zaya.model.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_zaya.model.moe import ZayaMoE
 from megatron_zaya.model.residual import RMSNorm
 

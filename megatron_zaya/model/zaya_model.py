@@ -16,10 +16,10 @@ from megatron.core.models.common.embeddings.language_model_embedding import Lang
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from torch import Tensor, nn
 
+from megatron_zaya.model.linear import ColumnParallelLinear
 from megatron_zaya.model.residual import InputScaling, RMSNorm
 from megatron_zaya.model.sharding import describe_shard, sharded_tensor
 from megatron_zaya.model.transformer_config import ZayaTransformerConfig
