@@ -4,6 +4,8 @@ Megatron-Core names the CUDA device unconditionally in a few places: `torch.cuda
 literals, streams, events, RNG states, and comparisons with `torch.cuda.FloatTensor`. Without an accelerator, and only
 then, `install()` answers those calls for the CPU. It patches torch in this process (each rank calls it), once.
 The factories are wrapped rather than a TorchFunctionMode entered: a mode would tax every torch call of a step.
+
+The dry run of the planner uses the same stand-ins with another device: see `standing_in`.
 """
 
 from __future__ import annotations
@@ -22,11 +24,15 @@ _FACTORIES = ("arange", "as_tensor", "empty", "empty_like", "eye", "full", "full
 _FACTORIES += ("rand", "randint", "randn", "randperm", "tensor", "zeros", "zeros_like")
 
 
+_device = torch.device("cpu")
+"""What stands in for the accelerator; changed by `standing_in` only."""
+
+
 class _Inert:
     """A stream or event: on the CPU every operation has finished when it returns."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.device = torch.device("cpu")
+        self.device = _device
 
     def __enter__(self) -> _Inert:
         return self
@@ -60,8 +66,10 @@ def has_accelerator() -> bool:
 
 
 def device() -> torch.device:
-    """Return the device of this rank: its accelerator, or the CPU."""
-    return torch.device("cuda", torch.cuda.current_device()) if has_accelerator() else torch.device("cpu")
+    """Return the device of this rank: its accelerator, or what stands in for one."""
+    if has_accelerator() and not _patch.cache_info().currsize:
+        return torch.device("cuda", torch.cuda.current_device())
+    return _device
 
 
 def _names_cuda(target: Any) -> bool:
@@ -76,7 +84,7 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(factory)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         if _names_cuda(kwargs.get("device")):
-            kwargs["device"] = "cpu"
+            kwargs["device"] = _device
         kwargs.pop("pin_memory", None)
         return factory(*args, **kwargs)
 
@@ -87,9 +95,9 @@ def _tensor_to(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if args and _names_cuda(args[0]):
-            args = ("cpu", *args[1:])
+            args = (_device, *args[1:])
         if _names_cuda(kwargs.get("device")):
-            kwargs["device"] = "cpu"
+            kwargs["device"] = _device
         return original(self, *args, **kwargs)
 
     return to
@@ -101,7 +109,7 @@ def _tensor_type(original: Callable[..., Any]) -> Callable[..., Any]:
         if dtype is not None:
             return original(self, dtype, *args, **kwargs)
         # Megatron-Core's optimizers sort parameters by the CUDA spelling of their type.
-        return original(self).replace("torch.", "torch.cuda.", 1)
+        return "torch.cuda." + original(self).rsplit(".", 1)[-1]
 
     return type_
 
@@ -126,7 +134,7 @@ def _do_nothing() -> Callable[..., None]:
 
 def _patch_torch() -> None:
     cuda: Any = torch.cuda
-    cuda.current_device = lambda: torch.device("cpu")
+    cuda.current_device = lambda: _device
     cuda.Stream = cuda.Event = _Inert
     cuda.current_stream, cuda.default_stream = lambda *args: _Inert(), lambda *args: _Inert()
     cuda.stream = _stream
@@ -139,7 +147,7 @@ def _patch_torch() -> None:
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     tensor: Any = torch.Tensor
-    tensor.cuda = lambda self, *args, **kwargs: self
+    tensor.cuda = lambda self, *args, **kwargs: self.to(_device)
     tensor.record_stream = _do_nothing()
     tensor.pin_memory = lambda self, *args, **kwargs: self
     tensor.to = _tensor_to(tensor.to)
@@ -183,6 +191,17 @@ def _uneven_reduce_scatter(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @functools.cache
+def _patch() -> None:
+    """Put every stand-in in place, once."""
+    import megatron.core.tensor_parallel.random as mcore_random  # before torch changes under its decorators
+
+    _patch_torch()
+    # Megatron-Core keeps its own copies of the RNG helpers.
+    mcore_random._get_cuda_rng_state = _get_rng_state
+    mcore_random._set_cuda_rng_state = _set_rng_state
+
+
+@functools.cache
 def install() -> bool:
     """Install the CPU stand-ins if this machine has no accelerator. Idempotent; call before building a model.
 
@@ -192,10 +211,20 @@ def install() -> bool:
     if has_accelerator():
         return False
     logger.info("no accelerator: Megatron-Core runs on the CPU through megatron_zaya.compat.cpu")
-    import megatron.core.tensor_parallel.random as mcore_random  # before torch changes under its decorators
-
-    _patch_torch()
-    # Megatron-Core keeps its own copies of the RNG helpers.
-    mcore_random._get_cuda_rng_state = _get_rng_state
-    mcore_random._set_cuda_rng_state = _set_rng_state
+    _patch()
     return True
+
+
+@contextlib.contextmanager
+def standing_in(stand_in: torch.device) -> Iterator[None]:
+    """Let ``stand_in`` answer for the accelerator during the block, also where there is one.
+
+    The stand-ins stay in this process: where there is an accelerator, use a process of its own.
+    """
+    global _device
+    _patch()
+    before, _device = _device, stand_in
+    try:
+        yield
+    finally:
+        _device = before

@@ -230,11 +230,10 @@ def build_callbacks(config: RunConfig, env: RankContext) -> Sequence[Callback]:
     return callbacks
 
 
-def build_job(config: RunConfig, env: RankContext, device: torch.device) -> TrainingJob:
-    """Build everything a rank needs, and load the checkpoint that the run starts from. Collective.
+def assemble_job(config: RunConfig, device: torch.device) -> TrainingJob:
+    """Build what a step computes with: groups, model, optimizer, balancer; no data, telemetry or start state yet.
 
-    Raises:
-        ConfigError, DataError, CheckpointError: with the remedy in the message.
+    The dry run of the planner stops here. Collective.
     """
     pg_collection = build_process_groups(config.parallel, config.run.seed)
     model = build_model(config, pg_collection, device)
@@ -244,7 +243,6 @@ def build_job(config: RunConfig, env: RankContext, device: torch.device) -> Trai
         config.optimizer.moe_router_bias_update_rate,
         config.optimizer.skip_expert_target,
     )
-    datasets = _build_data(config, env)
     job = TrainingJob(
         config=config,
         device=device,
@@ -255,15 +253,29 @@ def build_job(config: RunConfig, env: RankContext, device: torch.device) -> Trai
         scheduler=scheduler,
         balancer=balancer,
         train_data=[],
-        valid_dataset=datasets.valid,
-        state=TrainState(data_fingerprint=order_fingerprint(datasets.train)),
+        valid_dataset=None,
+        state=TrainState(),
         events=EventStream(),
-        parameters=_count_parameters(config, pg_collection, model),
-        heartbeat=Heartbeat(env.supervision.heartbeat_file),
         busy=BusyTimer(device),
     )
     finalize = model[0].config.finalize_model_grads_func
     model[0].config.finalize_model_grads_func = job.busy.before(finalize)
+    return job
+
+
+def build_job(config: RunConfig, env: RankContext, device: torch.device) -> TrainingJob:
+    """Build everything a rank needs, and load the checkpoint that the run starts from. Collective.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: with the remedy in the message.
+    """
+    job = assemble_job(config, device)
+    job.heartbeat = Heartbeat(env.supervision.heartbeat_file)
+    pg_collection, model = job.pg_collection, job.model
+    datasets = _build_data(config, env)
+    job.valid_dataset = datasets.valid
+    job.state.data_fingerprint = order_fingerprint(datasets.train)
+    job.parameters = _count_parameters(config, pg_collection, model)
     start = checkpoint_to_load(config)
     if start is not None:
         load_job(job, *start)
