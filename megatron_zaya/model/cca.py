@@ -7,7 +7,8 @@
     v     = [x_t Wv_current | x_{t-1} Wv_delayed]            half of the value width comes from the previous token
     out   = softmax(q k / sqrt(D)) v Wo                      grouped-query attention, full or sliding window
 
-Every parameter is one logical tensor, split over tensor-parallel ranks along its first dimension (heads).
+Every parameter is one logical tensor, split over tensor-parallel ranks along its first dimension (heads). With more
+ranks than key-value heads, several ranks hold the same key-value head (see sharding.py).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megatron_zaya.model.derivatives import causal_taps, merged_taps, normalised_sum, pair_blocks, rotate
-from megatron_zaya.model.sharding import describe_shard
+from megatron_zaya.model.sharding import describe_shard, sum_over_ranks
 from megatron_zaya.model.transformer_config import ZayaTransformerConfig
 
 
@@ -50,7 +51,13 @@ class CausalHeadConvolution(nn.Module):
     Shapes are those of torch's Conv1d: depthwise [heads*D, 1, cca_time0], grouped by head [heads*D, D, cca_time1].
     """
 
-    def __init__(self, config: ZayaTransformerConfig, heads: int, tp_group: ProcessGroup) -> None:
+    def __init__(
+        self,
+        config: ZayaTransformerConfig,
+        heads: int,
+        shard_group: ProcessGroup,
+        replica_group: ProcessGroup | None = None,
+    ) -> None:
         super().__init__()
         width, dtype = config.kv_channels, config.params_dtype
         shapes = {
@@ -61,7 +68,7 @@ class CausalHeadConvolution(nn.Module):
         }
         for name, shape in shapes.items():
             parameter = nn.Parameter(torch.empty(shape, dtype=dtype))
-            describe_shard(parameter, {0: tp_group})
+            describe_shard(parameter, {0: shard_group}, replica_group)
             self.register_parameter(name, parameter)
 
 
@@ -112,6 +119,17 @@ def merge_convolutions(
     second_k1XDD = at_least_fp32(grouped_weight).view(heads, head_width, head_width, taps1).permute(3, 0, 2, 1)
     bias = at_least_fp32(depthwise_bias).view(heads, 1, head_width) @ second_k1XDD.sum(0)
     return merged_taps(first_k0XD1, second_k1XDD), bias + at_least_fp32(grouped_bias).view(heads, 1, head_width)
+
+
+def mean_of_other_queries(plain_TXD: Tensor, replica_group: ProcessGroup) -> Tensor:
+    """Return what the mean coupling of the one key head of this rank lacks: the query heads of its other holders.
+
+    The ranks of ``replica_group`` have equal shares of the query heads of that key head. Zero for the query heads.
+    """
+    queries = plain_TXD.shape[1] - 1
+    own_T1D = plain_TXD[:, :queries].mean(dim=1, keepdim=True)
+    all_T1D = sum_over_ranks(own_T1D, replica_group) / replica_group.size()
+    return F.pad((all_T1D - own_T1D) / 2, (0, 0, queries, 0))
 
 
 def delay_one_token(x_SBV: Tensor, previous_1BV: Tensor | None = None) -> Tensor:
@@ -178,31 +196,33 @@ class CompressedConvolutionalAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self.layer_number = layer_number
-        tp_size, tp_rank = pg_collection.tp.size(), pg_collection.tp.rank()
+        tp_size = pg_collection.tp.size()
+        replicated = tp_size > config.num_query_groups
+        kv_group = pg_collection.kv_shard if replicated else pg_collection.tp
+        self.kv_replica_group = pg_collection.kv_replica if replicated else None
         self.query_heads = divide(config.num_attention_heads, tp_size)
-        self.kv_heads = divide(config.num_query_groups, tp_size)
+        self.kv_heads = divide(config.num_query_groups, kv_group.size())
         self.q_width = self.query_heads * config.kv_channels
         self.kv_width = self.kv_heads * config.kv_channels
         # Of all value rows, the second half is delayed; this rank holds a contiguous part of them.
         first_delayed = divide(config.num_query_groups * config.kv_channels, 2)
-        self.current_width = min(max(first_delayed - tp_rank * self.kv_width, 0), self.kv_width)
+        self.current_width = min(max(first_delayed - kv_group.rank() * self.kv_width, 0), self.kv_width)
 
         for name, rows in (("linear_q", self.q_width), ("linear_k", self.kv_width), ("linear_v", self.kv_width)):
             weight = nn.Parameter(torch.empty(rows, config.hidden_size, dtype=config.params_dtype))
-            describe_shard(weight, {0: pg_collection.tp})
             self.register_parameter(name, weight)
-        self.conv_q = CausalHeadConvolution(config, self.query_heads, pg_collection.tp)
-        self.conv_k = CausalHeadConvolution(config, self.kv_heads, pg_collection.tp)
         self.temperature = nn.Parameter(torch.empty(self.kv_heads, dtype=config.params_dtype))
-        describe_shard(self.temperature, {0: pg_collection.tp})
+        describe_shard(self.linear_q, {0: pg_collection.tp})
+        for parameter in (self.linear_k, self.linear_v, self.temperature):
+            describe_shard(parameter, {0: kv_group}, self.kv_replica_group)
+        self.conv_q = CausalHeadConvolution(config, self.query_heads, pg_collection.tp)
+        self.conv_k = CausalHeadConvolution(config, self.kv_heads, kv_group, self.kv_replica_group)
 
-        q_size = config.num_attention_heads * config.kv_channels
-        kv_size = config.num_query_groups * config.kv_channels
         common = dict(config=config, init_method=config.init_method, bias=False, skip_bias_add=False, is_expert=False)
         self.linear_qkv = build_module(
             submodules.linear_qkv,
             config.hidden_size,
-            q_size + 2 * kv_size,
+            tp_size * (self.q_width + 2 * self.kv_width),
             gather_output=False,
             skip_weight_param_allocation=True,
             tp_group=pg_collection.tp,
@@ -211,7 +231,7 @@ class CompressedConvolutionalAttention(MegatronModule):
         self.core_attention = build_module(submodules.core_attention, config=config, layer_number=layer_number)
         self.linear_proj = build_module(
             submodules.linear_proj,
-            q_size,
+            config.num_attention_heads * config.kv_channels,
             config.hidden_size,
             input_is_parallel=True,
             tp_group=pg_collection.tp,
@@ -241,6 +261,8 @@ class CompressedConvolutionalAttention(MegatronModule):
         temperature_X1 = torch.cat([temperature.new_ones(self.query_heads), temperature])[:, None]
         length_X1 = temperature_X1 * math.sqrt(self.config.kv_channels)
         convolved_TXD, plain_TXD = (at_least_fp32(x).view(heads) for x in (self._convolve(qk_SBC), qk_SBC))
+        if self.kv_replica_group is not None:
+            convolved_TXD = convolved_TXD + mean_of_other_queries(plain_TXD, self.kv_replica_group)
         qk_TXD = normalised_sum(convolved_TXD, plain_TXD, length_X1, self.query_heads)
         angles = rotary_pos_emb[..., : rotary_pos_emb.shape[-1] // 2]  # the other half repeats them
         qk_SBXD = rotate(qk_TXD.to(x_SBH.dtype).view(seq, batch, *heads[1:]), angles)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -10,11 +12,20 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron_zaya.config.sections import ParallelConfig
 
 
-def build_process_groups(parallel: ParallelConfig, seed: int) -> ProcessGroupCollection:
+def build_process_groups(
+    parallel: ParallelConfig, seed: int, num_query_groups: int | None = None
+) -> ProcessGroupCollection:
     """Create every process group of the layout; torch.distributed must be initialised. Collective.
 
     The groups are also registered with Megatron-Core's `parallel_state`, which a few of its functions still read;
     our own code takes them from the returned collection only.
+
+    Args:
+        parallel: the layout.
+        seed: of the random-number streams.
+        num_query_groups: key-value heads of the model. Where there are fewer than tensor-parallel ranks, the
+            collection gets two groups more: `kv_shard` (the ranks that hold different heads) and `kv_replica` (the
+            ranks that hold the same one).
     """
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -26,7 +37,29 @@ def build_process_groups(parallel: ParallelConfig, seed: int) -> ProcessGroupCol
         create_gloo_process_groups=False,
     )
     model_parallel_cuda_manual_seed(seed)
-    return ProcessGroupCollection.use_mpu_process_groups()
+    collection = ProcessGroupCollection.use_mpu_process_groups()
+    tensor = parallel.tensor_model_parallel_size
+    if num_query_groups is not None and tensor > num_query_groups:
+        copies = tensor // num_query_groups
+        collection.kv_shard = _group_of_this_rank(tensor, lambda rank: rank % copies)
+        collection.kv_replica = _group_of_this_rank(tensor, lambda rank: rank // copies)
+    return collection
+
+
+def _group_of_this_rank(tensor: int, part: Callable[[int], int]) -> torch.distributed.ProcessGroup:
+    """Split every tensor-parallel group of the world into parts; return the one this rank is in. Collective.
+
+    Megatron-Core numbers ranks with the tensor-parallel one running fastest.
+    """
+    own = None
+    for first in range(0, torch.distributed.get_world_size(), tensor):
+        parts: dict[int, list[int]] = {}
+        for rank in range(tensor):
+            parts.setdefault(part(rank), []).append(first + rank)
+        for ranks in parts.values():
+            group = parallel_state.create_group(ranks)
+            own = group if torch.distributed.get_rank() in ranks else own
+    return own
 
 
 def release_process_groups() -> None:

@@ -52,7 +52,11 @@ def layout_problems(config: RunConfig, world_size: int) -> list[str]:
     if p.context_parallel_size != 1:
         problems.append("context_parallel_size: context parallelism is not there yet; leave it at 1")
     problems += _not_divided("model.num_attention_heads", m.num_attention_heads, tp, "tensor_model_parallel_size")
-    problems += _not_divided("model.num_query_groups", m.num_query_groups, tp, "tensor_model_parallel_size")
+    if m.num_query_groups % tp and tp % m.num_query_groups:
+        problems.append(
+            f"model.num_query_groups={m.num_query_groups} and tensor_model_parallel_size={tp}: one must divide the "
+            "other; with more ranks than key-value heads, equally many ranks hold each head"
+        )
     problems += _not_divided("model.vocab_size", m.vocab_size, tp, "tensor_model_parallel_size")
     if tp > 1 and not p.sequence_parallel:
         problems.append(

@@ -25,6 +25,7 @@ from megatron_zaya.config import RunConfig, dump_config
 from megatron_zaya.data.datasets import Datasets, build_datasets, order_fingerprint
 from megatron_zaya.data.sampler import ResumableSampler, build_dataloader
 from megatron_zaya.model.init import initialise
+from megatron_zaya.model.sharding import reduce_replica_gradients
 from megatron_zaya.model.specs import zaya_layer_spec
 from megatron_zaya.model.transformer_config import ZayaTransformerConfig, zaya_transformer_config
 from megatron_zaya.model.zaya_model import EMBEDDING, ZayaModel
@@ -100,6 +101,12 @@ def _build_stages(
     ]
 
 
+def _finalize_gradients(model: list[DistributedDataParallel], *args, pg_collection: ProcessGroupCollection, **kwargs):
+    """Megatron-Core's reductions, then that over the replicas of key-value heads."""
+    finalize_model_grads(model, *args, pg_collection=pg_collection, **kwargs)
+    reduce_replica_gradients(model)
+
+
 def build_model(
     config: RunConfig, pg_collection: ProcessGroupCollection, device: torch.device
 ) -> list[DistributedDataParallel]:
@@ -123,7 +130,7 @@ def build_model(
         )
         chunk.broadcast_params()
         chunks.append(chunk)
-    transformer.finalize_model_grads_func = partial(finalize_model_grads, pg_collection=pg_collection)
+    transformer.finalize_model_grads_func = partial(_finalize_gradients, pg_collection=pg_collection)
     if parallel.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in chunks]
         transformer.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
@@ -235,7 +242,7 @@ def assemble_job(config: RunConfig, device: torch.device) -> TrainingJob:
 
     The dry run of the planner stops here. Collective.
     """
-    pg_collection = build_process_groups(config.parallel, config.run.seed)
+    pg_collection = build_process_groups(config.parallel, config.run.seed, config.model.num_query_groups)
     model = build_model(config, pg_collection, device)
     optimizer, scheduler = build_optimizer(config, model, pg_collection)
     balancer = BiasBalancer(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+TP4 = {"tensor_model_parallel_size": 4, "sequence_parallel": True}
 PP2 = {"pipeline_model_parallel_size": 2}
 INTERLEAVED = PP2 | {"virtual_pipeline_model_parallel_size": 2}
 EP2 = {"expert_model_parallel_size": 2}
@@ -23,4 +24,5 @@ LAYOUTS: dict[str, tuple[int, dict]] = {
     "tp2_ep2_dp2": (4, TP2 | EP2),
     "tp2_pp2_ep2": (4, TP2 | PP2 | EP2),
     "pp2_interleaved_ep2": (4, INTERLEAVED | EP2),
+    "tp4_on_two_kv_heads": (4, TP4),
 }
