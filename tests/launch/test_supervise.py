@@ -119,7 +119,7 @@ def test_a_fault_that_comes_again_and_again_ends_the_job(tmp_path):
     faults = ";".join(f"crash:rank=0,iteration=1,attempt={attempt}" for attempt in range(9))
     job = make_job(tmp_path, faults)
     job = replace(job, policy=replace(POLICY, max_restarts_without_progress=1))
-    status, out, events = run(job)
+    status, _, events = run(job)
     assert status == 1
     assert len(of_kind(events, "attempt_started")) == 2
     assert "2 attempts in a row did not get beyond iteration 1" in events[-1]["reason"]
@@ -127,7 +127,7 @@ def test_a_fault_that_comes_again_and_again_ends_the_job(tmp_path):
 
 
 def test_wrong_input_is_not_tried_again(tmp_path):
-    status, out, events = run(make_job(tmp_path, "input:rank=0,iteration=1,attempt=0"))
+    status, _, events = run(make_job(tmp_path, "input:rank=0,iteration=1,attempt=0"))
     assert status == 2
     assert len(of_kind(events, "attempt_started")) == 1
     assert "model.num_layer: unknown key" in of_kind(events, "incident")[0]["reason"]
@@ -168,7 +168,7 @@ def test_too_few_healthy_nodes_end_the_job_with_their_names(tmp_path):
     job.folder.mkdir()
     for host in ("h0", "h2"):
         exclude(job.folder, host, "broken")
-    status, out, events = run(job)
+    status, _, events = run(job)
     assert status == 1
     assert events[-1]["event"] == "too_few_nodes"
     assert (events[-1]["healthy"], events[-1]["excluded"]) == (["h1"], ["h0", "h2"])
