@@ -117,15 +117,22 @@ class ParallelConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW, as Megatron-Core's optimizer runs it, and the balancing of the experts."""
+    """AdamW or Muon with AdamW, and the balancing of the experts. `zaya optimizer table` shows which goes where."""
 
-    optimizer: Literal["adam"] = "adam"
+    optimizer: Literal["adam", "muon"] = "adam"
+    """"adam" is AdamW for every parameter; "muon" is Muon for hidden matrices and AdamW for the rest."""
     lr: PositiveFloat = 6e-4
     min_lr: NonNegativeFloat = 2e-4
     weight_decay: NonNegativeFloat = 0.1
     adam_beta1: Fraction = 0.9
     adam_beta2: Fraction = 0.95
     adam_eps: PositiveFloat = 1e-8
+    muon_momentum: Fraction = 0.95
+    muon_use_nesterov: bool = True
+    muon_num_ns_steps: PositiveInt = 5
+    """Newton-Schulz iterations."""
+    muon_newton_schulz_dtype: Literal["bf16", "fp32"] = "bf16"
+    """Type in which matrices travel and are orthogonalised; momentum and masters are fp32."""
     clip_grad: NonNegativeFloat = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
     moe_router_bias_update_rate: NonNegativeFloat = 1e-3

@@ -75,6 +75,8 @@ def layout_problems(config: RunConfig, world_size: int) -> list[str]:
         )
     elif sizes is None and pp * (vp or 1) > m.num_layers:
         problems.append(f"{pp * (vp or 1)} pipeline stages for model.num_layers={m.num_layers}")
+    if config.optimizer.optimizer == "muon" and not p.use_distributed_optimizer:
+        problems.append("use_distributed_optimizer must be true with optimizer.optimizer=muon: its state is sharded")
     if vp is not None and pp == 1:
         problems.append("virtual_pipeline_model_parallel_size needs pipeline_model_parallel_size > 1")
     data_parallel = max(1, world_size // (tp * pp * p.context_parallel_size))

@@ -17,9 +17,6 @@ from megatron_zaya.compat.mcore import allocate_adam_state, load_optimizer_state
 from megatron_zaya.config import ConfigError, RunConfig
 from megatron_zaya.train.state import TrainingJob, TrainState
 
-# Optimizer state as one tensor per parameter, so that any layout can load it.
-SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
-
 
 def _rng_state() -> dict[str, Any]:
     return {
@@ -41,7 +38,7 @@ def _set_rng_state(state: dict[str, Any]) -> None:
 
 def _sharded_state(job: TrainingJob, with_optimizer: bool, loading: bool) -> dict[str, Any]:
     groups = job.pg_collection
-    metadata = SHARDING | {"dp_cp_group": groups.dp_cp}
+    metadata = {"dp_cp_group": groups.dp_cp, "chained_optim_avoid_prefix": True}
     model: dict[str, Any] = {}
     for index, chunk in enumerate(job.model):
         model[f"model{index}"] = chunk.module.sharded_state_dict(metadata=metadata)

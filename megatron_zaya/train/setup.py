@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from ckpt.mcore import Checkpointer
@@ -30,6 +28,7 @@ from megatron_zaya.model.specs import zaya_layer_spec
 from megatron_zaya.model.transformer_config import ZayaTransformerConfig, zaya_transformer_config
 from megatron_zaya.model.zaya_model import EMBEDDING, ZayaModel
 from megatron_zaya.optim.balancing import BiasBalancer
+from megatron_zaya.optim.build import build_optimizer, build_scheduler
 from megatron_zaya.parallel.groups import build_process_groups, release_process_groups
 from megatron_zaya.parallel.pipeline import ZayaP2PCommunicator
 from megatron_zaya.plan.layout import pipeline_stages
@@ -140,48 +139,6 @@ def build_model(
     return chunks
 
 
-def build_optimizer(
-    config: RunConfig, model: list[DistributedDataParallel], pg_collection: ProcessGroupCollection
-) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """Return Megatron-Core's AdamW over the model's buffers, and its learning-rate schedule."""
-    opt, schedule = config.optimizer, config.schedule
-    transformer = model[0].config
-    optimizer_config = OptimizerConfig(
-        optimizer=opt.optimizer,
-        lr=opt.lr,
-        min_lr=opt.min_lr,
-        weight_decay=opt.weight_decay,
-        adam_beta1=opt.adam_beta1,
-        adam_beta2=opt.adam_beta2,
-        adam_eps=opt.adam_eps,
-        clip_grad=opt.clip_grad,
-        bf16=transformer.bf16,
-        params_dtype=transformer.params_dtype,
-        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
-        overlap_param_gather=config.parallel.overlap_param_gather,
-    )
-    optimizer = get_megatron_optimizer(
-        optimizer_config, model, use_gloo_process_groups=False, pg_collection=pg_collection
-    )
-    transformer.grad_scale_func = optimizer.scale_loss
-    scheduler = OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=opt.lr,
-        min_lr=opt.min_lr,
-        lr_warmup_steps=schedule.lr_warmup_iters,
-        lr_decay_steps=schedule.lr_decay_iters or schedule.train_iters,
-        lr_decay_style=schedule.lr_decay_style,
-        start_wd=opt.weight_decay,
-        end_wd=opt.weight_decay,
-        wd_incr_steps=0,
-        wd_incr_style="constant",
-        use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,  # the run file counts, also when it changed before a resume
-    )
-    return optimizer, scheduler
-
-
 def _build_data(config: RunConfig, env: RankContext) -> Datasets:
     schedule = config.schedule
     held_out = schedule.eval_iters * schedule.global_batch_size if schedule.eval_interval else 0
@@ -244,7 +201,8 @@ def assemble_job(config: RunConfig, device: torch.device) -> TrainingJob:
     """
     pg_collection = build_process_groups(config.parallel, config.run.seed, config.model.num_query_groups)
     model = build_model(config, pg_collection, device)
-    optimizer, scheduler = build_optimizer(config, model, pg_collection)
+    optimizer = build_optimizer(config, model, pg_collection)
+    scheduler = build_scheduler(config, optimizer)
     balancer = BiasBalancer(
         {layer.layer_number - 1: layer.mlp.router for chunk in model for layer in chunk.module.layers},
         config.optimizer.moe_router_bias_update_rate,

@@ -49,6 +49,13 @@ RUNS = {
     ],
     "allgather": ["run.name=allgather", "parallel.moe_token_dispatcher_type=allgather"],
     "overlapped": ["run.name=overlapped", "parallel.overlap_param_gather=true"],
+    "muon": ["run.name=muon", "optimizer.optimizer=muon", "checkpoint.save_interval=3"],
+    "muon_resumed": [
+        "run.name=muon_resumed",
+        "optimizer.optimizer=muon",
+        "checkpoint.load={muon}",
+        "checkpoint.load_iteration=3",
+    ],
     "bf16": ["run.name=bf16", "run.precision=bf16", "checkpoint.save_interval=3"],
     "bf16_resumed": [
         "run.name=bf16_resumed",
@@ -93,7 +100,8 @@ def test_it_learns(two_ranks):
 
 
 @pytest.mark.parametrize(
-    ("resumed", "whole"), [("resumed", "whole"), ("plain_resumed", "plain"), ("bf16_resumed", "bf16")]
+    ("resumed", "whole"),
+    [("resumed", "whole"), ("plain_resumed", "plain"), ("muon_resumed", "muon"), ("bf16_resumed", "bf16")],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(two_ranks, resumed, whole):
     _, figures, _ = two_ranks
