@@ -115,7 +115,7 @@ class ShardedOptimizer(DistributedOptimizer):
 
 
 def _tensor_parallel_place(parameter: Tensor, tp_size: int) -> dict[str, int]:
-    """Return how tensor (or expert-tensor) parallelism splits the matrices of a parameter; stacked axes do not count."""
+    """Return how (expert-)tensor parallelism splits the matrices of a parameter; stacked axes do not count."""
     first = parameter.ndim - 2
     for axis, group in shard_groups(parameter).items():
         if axis >= first:
