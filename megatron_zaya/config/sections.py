@@ -16,6 +16,7 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 LayerType = Literal["full", "sliding"]
+RecomputeModule = Literal["layernorm", "core_attn", "experts", "moe"]
 
 
 class Section(BaseModel):
@@ -105,6 +106,14 @@ class ParallelConfig(Section):
     expert_tensor_parallel_size: PositiveInt = 1
     sequence_parallel: bool = False
     """Split the sequence over tensor-parallel ranks outside attention; needed with tensor parallelism."""
+    recompute_granularity: Literal["selective", "full"] | None = None
+    """Activations that the backward pass computes again: parts of each layer, whole layers, or none."""
+    recompute_modules: list[RecomputeModule] = Field(default=["core_attn"])
+    """With "selective": layernorm, core_attn (between the projections of attention), experts (their inner
+    activations) and moe (router, dispatch and experts)."""
+    recompute_method: Literal["uniform", "block"] = "uniform"
+    """With "full": keep the input of every `recompute_num_layers` layers, or run again only so many of each stage."""
+    recompute_num_layers: PositiveInt = 1
     moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
     use_distributed_optimizer: bool = True
     """Shard optimizer state over data-parallel ranks (ZeRO-1)."""

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megatron_zaya.model.derivatives import causal_taps, merged_taps, normalised_sum, pair_blocks, rotate
+from megatron_zaya.model.recompute import run_again_later
 from megatron_zaya.model.sharding import describe_shard, sum_over_ranks
 from megatron_zaya.model.transformer_config import ZayaTransformerConfig
 
@@ -252,6 +253,15 @@ class CompressedConvolutionalAttention(MegatronModule):
         """
         weight = torch.cat([self.linear_q, self.linear_k, self.linear_v])
         qkv_SBC, _ = self.linear_qkv(x_SBH, weight=weight)
+        if self.config.recompute.reruns("core_attn"):
+            attended_SBC = run_again_later(self._attend, qkv_SBC, rotary_pos_emb)
+        else:
+            attended_SBC = self._attend(qkv_SBC, rotary_pos_emb)
+        out, _ = self.linear_proj(attended_SBC)
+        return out
+
+    def _attend(self, qkv_SBC: Tensor, rotary_pos_emb: Tensor) -> Tensor:
+        """Return the attention output [S, B, Q * D] of this rank's heads: all between the two projections."""
         qk_SBC, v_SBV = qkv_SBC.split([self.q_width + self.kv_width, self.kv_width], dim=-1)
         seq, batch = qkv_SBC.shape[:2]
 
@@ -265,11 +275,10 @@ class CompressedConvolutionalAttention(MegatronModule):
             convolved_TXD = convolved_TXD + mean_of_other_queries(plain_TXD, self.kv_replica_group)
         qk_TXD = normalised_sum(convolved_TXD, plain_TXD, length_X1, self.query_heads)
         angles = rotary_pos_emb[..., : rotary_pos_emb.shape[-1] // 2]  # the other half repeats them
-        qk_SBXD = rotate(qk_TXD.to(x_SBH.dtype).view(seq, batch, *heads[1:]), angles)
+        qk_SBXD = rotate(qk_TXD.to(qkv_SBC.dtype).view(seq, batch, *heads[1:]), angles)
         q_SBQD, k_SBKD = qk_SBXD.split([self.query_heads, self.kv_heads], dim=2)
 
         current, delayed = v_SBV.split([self.current_width, self.kv_width - self.current_width], dim=-1)
         v_SBKD = torch.cat([current, delay_one_token(delayed)], dim=-1).view(seq, batch, self.kv_heads, -1)
 
-        out, _ = self.linear_proj(self.core_attention(q_SBQD, k_SBKD, v_SBKD))
-        return out
+        return self.core_attention(q_SBQD, k_SBKD, v_SBKD)

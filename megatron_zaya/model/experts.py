@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from megatron_zaya.compat.capabilities import grouped_product_works
 from megatron_zaya.model.derivatives import run_product, weighted_swiglu
+from megatron_zaya.model.recompute import run_again_later
 from megatron_zaya.model.sharding import describe_shard
 from megatron_zaya.model.transformer_config import ZayaTransformerConfig
 
@@ -64,6 +65,11 @@ class GroupedExperts(MegatronModule):
             # Keep every edge of the graph: the all-to-all in the backward pass is collective.
             nothing = 0.0 * (self.linear_fc1.sum() + self.linear_fc2.sum())
             return x_TH * probs_T.unsqueeze(-1).to(x_TH.dtype) + nothing
+        if self.config.recompute.reruns("experts"):
+            return run_again_later(self._compute, x_TH, tokens_per_expert, probs_T)
+        return self._compute(x_TH, tokens_per_expert, probs_T)
+
+    def _compute(self, x_TH: Tensor, tokens_per_expert: Tensor, probs_T: Tensor) -> Tensor:
         gate_up = grouped_product(x_TH, self.linear_fc1.flatten(1, 2), tokens_per_expert)
         inner_TF = weighted_swiglu(gate_up, probs_T.unsqueeze(-1).to(x_TH.dtype))
         return grouped_product(inner_TF, self.linear_fc2, tokens_per_expert)

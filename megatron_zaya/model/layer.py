@@ -5,13 +5,15 @@ Two streams go through the layers: the fp32 residual x_SBH and the router state 
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
-from torch import Tensor
+from torch import Tensor, nn
 
+from megatron_zaya.model.recompute import recomputed_when_saved, run_again_later
 from megatron_zaya.model.residual import ResidualScaling
 from megatron_zaya.model.transformer_config import ZayaTransformerConfig
 
@@ -48,7 +50,21 @@ class ZayaLayer(MegatronModule):
 
     def forward(self, x_SBH: Tensor, router_state_SBR: Tensor | None, rotary_pos_emb: Tensor) -> tuple[Tensor, Tensor]:
         """Return the residual stream and the router state after this layer."""
-        attended = self.self_attention(self.input_layernorm(x_SBH), rotary_pos_emb)
+        with self._normed(self.input_layernorm, x_SBH) as normed_SBH:
+            attended = self.self_attention(normed_SBH, rotary_pos_emb)
         x_SBH = self.attention_residual(attended, x_SBH)
-        mixed, router_state_SBR = self.mlp(self.pre_mlp_layernorm(x_SBH), router_state_SBR)
+        if self.config.recompute.reruns("moe"):
+            mixed, router_state_SBR = run_again_later(self._mix, x_SBH, router_state_SBR)
+        else:
+            mixed, router_state_SBR = self._mix(x_SBH, router_state_SBR)
         return self.mlp_residual(mixed, x_SBH), router_state_SBR
+
+    def _mix(self, x_SBH: Tensor, router_state_SBR: Tensor | None) -> tuple[Tensor, Tensor]:
+        with self._normed(self.pre_mlp_layernorm, x_SBH) as normed_SBH:
+            return self.mlp(normed_SBH, router_state_SBR)
+
+    def _normed(self, norm: nn.Module, x_SBH: Tensor) -> contextlib.AbstractContextManager[Tensor]:
+        """Enter with the normed stream, which is kept for the backward pass or computed again."""
+        if self.config.recompute.reruns("layernorm"):
+            return recomputed_when_saved(norm, x_SBH)
+        return contextlib.nullcontext(norm(x_SBH))

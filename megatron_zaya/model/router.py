@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
+from megatron_zaya.model.recompute import chosen_once
 from megatron_zaya.model.residual import RMSNorm, mark_replicated
 from megatron_zaya.model.transformer_config import ZayaTransformerConfig
 
@@ -104,9 +105,13 @@ class ZayaRouter(MegatronModule):
         wide = torch.float64 if logits_SBN.dtype == torch.float64 else torch.float32
         probs_TN = torch.softmax(logits_SBN.flatten(0, 1), dim=-1, dtype=wide)
         counting = self.training and torch.is_grad_enabled()
-        with torch.no_grad():
-            class_T = (probs_TN + self.balancing_bias).argmax(dim=-1)
-            if counting:
-                self.tokens_per_class += torch.bincount(class_T, minlength=self.config.num_router_classes)
+        class_T = chosen_once(lambda: self._choose(probs_TN.detach(), counting))
         prob_T = probs_TN.gather(1, class_T.unsqueeze(1)).squeeze(1)
         return Routing(prob_T, class_T, self.config.num_moe_experts), state_SBR
+
+    def _choose(self, probs_TN: Tensor, counting: bool) -> Tensor:
+        """Return the class of each token, and add them to the counts."""
+        class_T = (probs_TN + self.balancing_bias).argmax(dim=-1)
+        if counting:
+            self.tokens_per_class += torch.bincount(class_T, minlength=self.config.num_router_classes)
+        return class_T

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
 from megatron_zaya.config import RunConfig
+from megatron_zaya.config.sections import ParallelConfig
+from megatron_zaya.model.recompute import RecomputePlan
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -27,6 +29,7 @@ class ZayaTransformerConfig(TransformerConfig):
     rotary_base: float = 5_000_000.0
     sliding_rotary_base: float = 10_000.0
     sliding_window: int | None = None
+    recompute: RecomputePlan = field(default_factory=RecomputePlan)
     layer_types: tuple[str, ...] = ()
     """One entry per layer, "full" or "sliding"."""
 
@@ -38,6 +41,16 @@ class ZayaTransformerConfig(TransformerConfig):
     def is_sliding(self, layer_number: int) -> bool:
         """Return whether layer ``layer_number`` (1-based) sees only a window."""
         return self.layer_types[layer_number - 1] == "sliding"
+
+
+def recompute_plan(parallel: ParallelConfig) -> RecomputePlan:
+    """Return what the backward pass computes again."""
+    return RecomputePlan(
+        granularity=parallel.recompute_granularity,
+        method=parallel.recompute_method,
+        num_layers=parallel.recompute_num_layers,
+        modules=frozenset(parallel.recompute_modules),
+    )
 
 
 def zaya_transformer_config(config: RunConfig) -> ZayaTransformerConfig:
@@ -92,5 +105,6 @@ def zaya_transformer_config(config: RunConfig) -> ZayaTransformerConfig:
         rotary_base=model.rotary_base,
         sliding_rotary_base=model.sliding_rotary_base,
         sliding_window=model.sliding_window,
+        recompute=recompute_plan(parallel),
         layer_types=tuple(model.layer_types or ["full"] * model.num_layers),
     )

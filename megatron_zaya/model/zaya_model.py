@@ -20,6 +20,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from torch import Tensor, nn
 
 from megatron_zaya.model.linear import ColumnParallelLinear
+from megatron_zaya.model.recompute import run_again_later
 from megatron_zaya.model.residual import InputScaling, RMSNorm
 from megatron_zaya.model.sharding import describe_shard, sharded_tensor
 from megatron_zaya.model.transformer_config import ZayaTransformerConfig
@@ -126,9 +127,17 @@ class ZayaModel(LanguageModule):
         seq = x_SBH.shape[0] * (self.tp_group.size() if self.config.sequence_parallel else 1)
         seq *= self.cp_group.size()
         angles = {False: self.rotary_full(seq), True: self.rotary_sliding(seq)}
-        for layer in self.layers:
-            rotary = angles[self.config.is_sliding(layer.layer_number)]
-            x_SBH, router_state_SBR = layer(x_SBH, router_state_SBR, rotary)
+
+        def run(layers: range, x_SBH: Tensor, router_state_SBR: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            for index in layers:
+                layer = self.layers[index]
+                rotary = angles[self.config.is_sliding(layer.layer_number)]
+                x_SBH, router_state_SBR = layer(x_SBH, router_state_SBR, rotary)
+            return x_SBH, router_state_SBR
+
+        for layers, rerun in self.config.recompute.layer_groups(len(self.layers)):
+            streams = (layers, x_SBH, router_state_SBR)
+            x_SBH, router_state_SBR = run_again_later(run, *streams) if rerun else run(*streams)
         if not self.post_process:
             return torch.cat([x_SBH, router_state_SBR.to(x_SBH.dtype)], dim=-1)
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
