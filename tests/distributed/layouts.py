@@ -9,6 +9,8 @@ INTERLEAVED = PP2 | {"virtual_pipeline_model_parallel_size": 2}
 EP2 = {"expert_model_parallel_size": 2}
 ETP2 = {"expert_tensor_parallel_size": 2}
 ALLGATHER = {"moe_token_dispatcher_type": "allgather"}
+RECOMPUTE_FULL = {"recompute_granularity": "full"}
+RECOMPUTE_PARTS = {"recompute_granularity": "selective", "recompute_modules": "[layernorm, core_attn, moe]"}
 
 LAYOUTS: dict[str, tuple[int, dict]] = {
     "dp2": (2, {}),
@@ -24,5 +26,7 @@ LAYOUTS: dict[str, tuple[int, dict]] = {
     "tp2_ep2_dp2": (4, TP2 | EP2),
     "tp2_pp2_ep2": (4, TP2 | PP2 | EP2),
     "pp2_interleaved_ep2": (4, INTERLEAVED | EP2),
+    "tp2_pp2_recompute_full": (4, TP2 | PP2 | RECOMPUTE_FULL),
+    "tp2_ep2_recompute_parts": (2, TP2 | EP2 | RECOMPUTE_PARTS),
     "tp4_on_two_kv_heads": (4, TP4),
 }
