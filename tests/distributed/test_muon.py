@@ -77,7 +77,7 @@ def trained(tmp_path_factory, text_prefix):  # noqa: F811
     path = make_run_file.__wrapped__(tmp_path_factory.mktemp("muon"), text_prefix)
     tree = yaml.safe_load(path.read_text())
     tree["model"] |= dict(num_attention_heads=4, num_query_groups=2, num_moe_experts=4, kv_channels=8)
-    tree["model"] |= dict(skip_expert_bias=0.0)
+    tree["model"] |= dict(skip_expert_bias=0.0, vocab_size=260)
     tree["schedule"] |= dict(train_iters=STEPS, micro_batch_size=1)
     tree["data"] |= dict(seq_length=16)
     tree["optimizer"] = dict(optimizer="muon", lr=2e-3, min_lr=1e-3, muon_newton_schulz_dtype="fp32")
