@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from ckpt.steps import CheckpointError
+from ckpt.errors import CheckpointError
 from launch.env import LaunchError
 from megatron_zaya.config import ConfigError, dump_config, json_schema, load_config
 from megatron_zaya.data.errors import DataError

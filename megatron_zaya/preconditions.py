@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ckpt.steps import CheckpointError, complete_iterations, find_step
+from ckpt.errors import CheckpointError
+from ckpt.steps import complete_iterations, find_step
 from megatron_zaya.config import ConfigError, RunConfig
 from megatron_zaya.data.datasets import check_data
 from megatron_zaya.data.tokenizer import load_tokenizer
@@ -23,8 +24,10 @@ def _check_vocabulary(config: RunConfig) -> None:
         )
 
 
-def checkpoint_to_load(config: RunConfig) -> tuple[Path, int] | None:
+def checkpoint_to_load(config: RunConfig) -> tuple[Path, int | None] | None:
     """Return (folder, iteration) of the step that the run starts from, or None for a fresh start.
+
+    The iteration is None where the newest valid step is meant: then a damaged one is passed over.
 
     Raises:
         ConfigError: an asked-for checkpoint is not there.
@@ -32,9 +35,11 @@ def checkpoint_to_load(config: RunConfig) -> tuple[Path, int] | None:
     wanted = config.checkpoint
     try:
         if wanted.load is not None:
-            return find_step(Path(wanted.load), wanted.load_iteration)
+            root, found = find_step(Path(wanted.load), wanted.load_iteration)
+            one_step = wanted.load_iteration is not None or root == Path(wanted.load).parent
+            return root, found if one_step else None
         if complete_iterations(config.checkpoint_dir) or wanted.load_iteration is not None:
-            return find_step(config.checkpoint_dir, wanted.load_iteration)
+            return find_step(config.checkpoint_dir, wanted.load_iteration)[0], wanted.load_iteration
     except CheckpointError as error:
         raise ConfigError(f"checkpoint.load: {error}") from None
     return None

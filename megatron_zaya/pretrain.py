@@ -11,7 +11,7 @@ import hashlib
 import signal
 import sys
 
-from ckpt.steps import CheckpointError
+from ckpt.errors import CheckpointError
 from launch.agreement import agree, gather_facts
 from launch.env import LaunchError, RankContext, read_rank_env
 from megatron_zaya.compat import quiet_megatron

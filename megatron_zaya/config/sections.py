@@ -218,6 +218,16 @@ class CheckpointConfig(Section):
     save_interval: NonNegativeInt = 0
     """Iterations between saves; 0 saves at the end only."""
     save_at_end: bool = True
+    keep_last: PositiveInt | None = None
+    """Steps that stay, counted from the newest; None with `keep_every` None keeps all of them."""
+    keep_every: PositiveInt | None = None
+    """Steps whose iteration is a multiple of this stay as well."""
+    max_host_bytes: PositiveInt | None = None
+    """Cap of a rank's staging memory; None takes as much as its part of a step. Less makes saves wait for the disk."""
+    commit_timeout_s: PositiveFloat = 600.0
+    """How long a save waits for the slowest rank's file before it counts as failed."""
+    stall_timeout_s: PositiveFloat = 300.0
+    """A writer that makes no progress for so long is ended, and its save counts as failed."""
     load: str | None = None
     """Checkpoint folder to start from; missing is an error. None resumes from the run folder, if any."""
     load_iteration: NonNegativeInt | None = None

@@ -1,19 +1,13 @@
 """ZeRO-1 for both algorithms: Megatron-Core's distributed optimizer around MuonAdamW.
 
 Megatron-Core owns the buffers, the fp32 masters, gradient norm, clipping and the gathering of parameters. This module
-adds what Muon needs (which pieces of which matrices this rank's shards are) and describes the state to checkpoints as
-ranges of named global tensors, so that any layout loads any other without gathering anything.
+adds what Muon needs: which pieces of which matrices this rank's shards are. train/shards.py describes the state to
+checkpoints.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from typing import Any
-
 import torch
-from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
@@ -79,40 +73,6 @@ class ShardedOptimizer(DistributedOptimizer):
         group, order = self.model_param_group_index_map[parameter]
         return self.optimizer.param_groups[group]["params"][order]
 
-    def _owned(self) -> Iterator[tuple[Tensor, slice, dict[str, Tensor]]]:
-        """Yield (model parameter, its flat range that this rank owns, master and moments of that range)."""
-        for parameter in self.model_param_group_index_map:
-            owned = self._get_model_param_range_map(parameter)["param"]
-            shard = self._main_shard(parameter)
-            moments = {name: value for name, value in self.optimizer.state[shard].items() if name != "step"}
-            yield parameter, slice(owned.start, owned.end), {"param": shard, **moments}
-
-    def sharded_state_dict(
-        self, model_sharded_state_dict: dict[str, Any], is_loading: bool = False, metadata: dict | None = None
-    ) -> dict[str, Any]:
-        """Describe masters and moments under the names of their parameters, without communication.
-
-        Args:
-            model_sharded_state_dict: the model's; it says where each parameter lies in its global tensor.
-            is_loading: accepted for Megatron-Core; loading fills the same tensors in place.
-            metadata: accepted for Megatron-Core.
-        """
-        places = {tensor.data: tensor for tensor in nested_values(model_sharded_state_dict)}
-        tensors = {}
-        for parameter, owned, state in self._owned():
-            place = places[parameter]
-            for first, offset, shape in blocks_of_range(place.local_shape, owned.start, owned.stop):
-                for name, values in state.items():
-                    data = values.detach()[first : first + math.prod(shape)].view(shape)
-                    tensors[f"{name}.{place.key}.{first}"] = _block(
-                        f"optimizer.{name}.{place.key}", data, place, offset
-                    )
-        return {"tensors": tensors, "steps_done": self.optimizer.steps_done}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take what a checkpoint read into :meth:`sharded_state_dict`; the tensors were filled in place."""
-        self.optimizer.set_steps_done(state_dict["steps_done"])
-
 
 def _tensor_parallel_place(parameter: Tensor, tp_size: int) -> dict[str, int]:
     """Return how (expert-)tensor parallelism splits the matrices of a parameter; stacked axes do not count."""
@@ -121,40 +81,3 @@ def _tensor_parallel_place(parameter: Tensor, tp_size: int) -> dict[str, int]:
         if axis >= first:
             return {"tp_axis": axis - first, "copies": tp_size // group.size()}
     return {"copies": tp_size}
-
-
-def _block(key: str, data: Tensor, place: ShardedTensor, offset: tuple[int, ...]) -> ShardedTensor:
-    """Describe a box of a parameter's local part, at ``offset`` in it."""
-    return ShardedTensor(
-        key=key,
-        data=data,
-        dtype=data.dtype,
-        local_shape=tuple(data.shape),
-        global_shape=place.global_shape,
-        global_offset=tuple(a + b for a, b in zip(place.global_offset, offset, strict=True)),
-        axis_fragmentations=None,  # boxes of any size
-        replica_id=(*place.replica_id[:2], 0),  # data-parallel ranks hold different ranges
-    )
-
-
-def blocks_of_range(
-    shape: tuple[int, ...], start: int, stop: int
-) -> Iterator[tuple[int, tuple[int, ...], tuple[int, ...]]]:
-    """Cut a range of a tensor's elements in row-major order into boxes: at most 2 n - 1 of them for n dimensions.
-
-    Yields:
-        (first element, counted from ``start``; offset of the box; shape of the box).
-    """
-    inner = math.prod(shape[1:])
-    position = start
-    while position < stop:
-        row, within = divmod(position, inner)
-        rows = (stop - position) // inner
-        if within == 0 and rows:
-            yield position - start, (row, *(0,) * (len(shape) - 1)), (rows, *shape[1:])
-            position += rows * inner
-        else:
-            end = min(stop, (row + 1) * inner)
-            for first, offset, size in blocks_of_range(shape[1:], within, within + end - position):
-                yield position - start + first, (row, *offset), (1, *size)
-            position = end

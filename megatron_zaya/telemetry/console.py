@@ -51,7 +51,10 @@ def plain_line(event: Event) -> str:
                 f" tokens: {event.tokens} | elapsed time (ms): {event.time_s * 1e3:.1f} |"
             )
         case Saved():
-            return f" saved checkpoint at iteration {event.iteration} to {event.path} in {event.time_s:.2f} s"
+            return (
+                f" saved checkpoint at iteration {event.iteration} to {event.path} in {event.time_s:.2f} s,"
+                f" training held up for {event.stall_s:.3f} s"
+            )
         case StepSkipped():
             return f" iteration {event.iteration} skipped: its loss is {event.loss} ({event.in_a_row} in a row)"
         case SaveFailed():

@@ -63,11 +63,14 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint step is complete."""
+    """A checkpoint step is complete and safe on the disk; training went on meanwhile."""
 
     iteration: int
     path: str
     time_s: float
+    """From the start of the save until the step was safe."""
+    stall_s: float = 0.0
+    """How much of it training was held up."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from ckpt.mcore import Checkpointer
+from ckpt.checkpointer import Checkpointer
+from ckpt.retention import Retention
 from megatron_zaya.compat import cpu
 from megatron_zaya.config import RunConfig, dump_config
 from megatron_zaya.data.datasets import Datasets, build_datasets, order_fingerprint
@@ -187,8 +188,15 @@ def build_callbacks(config: RunConfig, env: RankContext) -> Sequence[Callback]:
     callbacks: list[Callback] = [SwitchFiles(config.run_dir, env.rank)]
     if config.schedule.eval_interval:
         callbacks.append(Evaluate(config.schedule.eval_interval))
-    checkpointer = Checkpointer(config.checkpoint_dir)
-    callbacks.append(SaveCheckpoints(checkpointer, config.checkpoint.save_interval, config.checkpoint.save_at_end))
+    wanted = config.checkpoint
+    checkpointer = Checkpointer(
+        config.checkpoint_dir,
+        retention=Retention(wanted.keep_last, wanted.keep_every),
+        max_host_bytes=wanted.max_host_bytes,
+        commit_timeout_s=wanted.commit_timeout_s,
+        stall_timeout_s=wanted.stall_timeout_s,
+    )
+    callbacks.append(SaveCheckpoints(checkpointer, wanted.save_interval, wanted.save_at_end))
     callbacks.append(Drills(env.supervision.drill, env.rank, env.supervision.attempt))
     callbacks.append(Beat())
     return callbacks
@@ -243,8 +251,8 @@ def build_job(config: RunConfig, env: RankContext, device: torch.device) -> Trai
     job.parameters = _count_parameters(config, pg_collection, model)
     start = checkpoint_to_load(config)
     if start is not None:
-        load_job(job, *start)
-        job.resumed_from = f"{start[0]} iteration {start[1]}"
+        report = load_job(job, *start)
+        job.resumed_from = f"{start[0]} iteration {report.iteration}"
     if job.state.iteration < config.schedule.train_iters:
         sampler = ResumableSampler(
             config.schedule.train_iters * config.schedule.global_batch_size,

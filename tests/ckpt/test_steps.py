@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from ckpt.steps import CheckpointError, complete_iterations, find_step, step_dir
+from ckpt.errors import CheckpointError
+from ckpt.steps import complete_iterations, find_step, old_dir, step_dir, step_folders
 
 
 def complete(root, iteration):
     folder = step_dir(root, iteration)
     folder.mkdir(parents=True)
-    (folder / "metadata.json").write_text("{}")
+    (folder / "manifest.json").write_text("{}")
     return folder
 
 
@@ -22,6 +23,13 @@ def test_only_complete_steps_count(tmp_path):
     complete(tmp_path, 40).rename(tmp_path / "iter_0000040.partial")
     (tmp_path / "iter_x").mkdir()
     assert complete_iterations(tmp_path) == [20, 12_345_678]
+
+
+def test_a_step_that_is_being_replaced_counts_while_the_new_one_is_not_there(tmp_path):
+    complete(tmp_path, 20).rename(old_dir(tmp_path, 20))
+    assert step_folders(tmp_path) == {20: old_dir(tmp_path, 20)}
+    complete(tmp_path, 20)
+    assert step_folders(tmp_path) == {20: step_dir(tmp_path, 20)}
 
 
 def test_a_step_may_be_named_by_run_by_folder_or_by_itself(tmp_path):

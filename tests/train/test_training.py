@@ -137,5 +137,6 @@ def test_the_run_folder_is_complete_and_runs_again(two_ranks):
     folder = folders["whole"]
     assert load_config(folder / "config.yaml") == load_config(run_file, RUNS["whole"])
     kinds = [event["event"] for event in read_events(folder / "metrics.jsonl")]
-    assert kinds == ["RunStarted"] + ["StepDone"] * 3 + ["Saved"] + ["StepDone"] * 3 + ["Saved", "RunEnded"]
-    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["iter_0000003", "iter_0000006"]
+    assert (kinds[0], *kinds[-2:]) == ("RunStarted", "Saved", "RunEnded")
+    assert (kinds.count("StepDone"), kinds.count("Saved"), len(kinds)) == (6, 2, 10)
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["iter_0000003", "iter_0000006", "latest"]

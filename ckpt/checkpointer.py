@@ -1,0 +1,350 @@
+"""Checkpointer: saves that do not hold training up, loads into any layout. Needs torch, not Megatron-Core.
+
+checkpointer = Checkpointer(Path("runs/mine/checkpoints"))
+save = checkpointer.save(120, shards, common={"seed": 1})   # returns when the tensors may change again
+for finished in checkpointer.poll(): ...                    # between steps; never waits
+checkpointer.load(shards)                                   # fills the tensors from the newest valid step
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed import ProcessGroup
+
+from ckpt.errors import CheckpointError
+from ckpt.manifest import piece_record, tensor_records
+from ckpt.memory import Ring, parts_of, stage
+from ckpt.rankfile import FilePlan, plan_file
+from ckpt.restore import LoadReport, load_newest
+from ckpt.retention import Retention
+from ckpt.save import Save
+from ckpt.shard import Shard
+from ckpt.steps import complete_iterations, partial_dir
+from ckpt.storage import POSIX
+from ckpt.writer.client import Writer
+
+logger = logging.getLogger(__name__)
+
+_FAILING_CAPACITY = 1
+"""Arena bytes of a writer that only reports a failure."""
+
+
+class Checkpointer:
+    """Steps of one job under ``root``. Every rank of ``group`` makes one and calls the same methods in the same order.
+
+    Problems of the disk or of the writer never raise out of :meth:`save`: they become ``Save.error``, the step before
+    stays loadable, and the next save starts anew with a fresh writer if need be.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        group: ProcessGroup | None = None,
+        *,
+        retention: Retention | None = None,
+        max_host_bytes: int | None = None,
+        commit_timeout_s: float = 600.0,
+        stall_timeout_s: float = 300.0,
+        storage: str = POSIX,
+        storage_options: dict[str, Any] | None = None,
+    ) -> None:
+        """Make a checkpointer; no communication, nothing is written.
+
+        Args:
+            root: folder of the steps, on storage that all ranks share.
+            group: the ranks that save together; None is the world, or this process alone without torch.distributed.
+            retention: which steps stay; all of them if not given.
+            max_host_bytes: hard cap of this rank's staging memory. Below the size of its file, saves wait for the disk.
+            commit_timeout_s: how long the committing writer waits for the other ranks' parts.
+            stall_timeout_s: a writer without progress for so long is given up.
+            storage: what writes, as "module:factory", see ckpt.storage.
+            storage_options: its keyword arguments.
+        """
+        self.root, self.group = Path(root), group
+        self.retention = retention or Retention()
+        self.max_host_bytes = max_host_bytes
+        self.commit_timeout_s, self.stall_timeout_s = commit_timeout_s, stall_timeout_s
+        self.storage, self.storage_options = storage, storage_options or {}
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        self.rank = torch.distributed.get_rank(group) if distributed else 0
+        self.world_size = torch.distributed.get_world_size(group) if distributed else 1
+        self._writer: Writer | None = None
+        self._pinned: torch.Tensor | None = None
+        self._plan: tuple[list[Any], FilePlan] | None = None
+        self._session: str | None = None
+        self._number = 0
+        self._saves: dict[int, Save] = {}
+
+    # ------------------------------------------------------------------ saving
+
+    def save(
+        self,
+        iteration: int,
+        shards: Sequence[Shard],
+        common: Any = None,
+        *,
+        layout: dict[str, Any] | None = None,
+        score: float | None = None,
+    ) -> Save:
+        """Start to save a step. All ranks call it; only the first call of a job communicates (8 bytes).
+
+        Returns as soon as the tensors may change: they are in the arena. Waits for the save before only if that one is
+        still being written, and says so in ``Save.waited_s``. An existing step of this number is replaced in the end.
+
+        Args:
+            iteration: number of the step.
+            shards: what this rank holds; the ranks together must hold every element of every tensor.
+            common: any JSON value; that of the first rank counts.
+            layout: how the job is spread over ranks, for people.
+            score: lower is better, for ``Retention.keep_best``.
+
+        Raises:
+            CheckpointError: the description cannot be saved (two tensors of one name, an unknown type, no JSON).
+        """
+        start = time.monotonic()
+        self._number += 1
+        self._agree_on_session()
+        plan = self._plan_of(shards)
+        order = self._order(iteration, plan, common, layout, score)
+        save = Save(iteration, plan.size, commits=self.rank == 0)
+        try:
+            save.waited_s = self._make_room()
+            writer = self._writer_for(plan.size)
+            self._saves[self._number] = save
+            self._send(writer, order, plan)
+            header = plan.header(iteration, order["save_id"])
+            stage(shards, plan, header, Ring(writer.arena, self._wait_until_written, self._pinned))
+        except CheckpointError as error:
+            self._fail(self._number, save, str(error), order)
+        save.stall_s = time.monotonic() - start
+        return save
+
+    def poll(self) -> list[Save]:
+        """Return the saves that finished, well or badly, since the last call. Never waits, no communication."""
+        self._hear()
+        finished = [save for save in self._saves.values() if save.done and not save.reported]
+        for save in finished:
+            save.reported = True
+        self._saves = {number: save for number, save in self._saves.items() if not save.done}
+        return finished
+
+    def wait(self, timeout_s: float | None = None) -> list[Save]:
+        """Wait until every save is finished or given up; return those that :meth:`poll` has not yet returned.
+
+        Raises:
+            CheckpointError: ``timeout_s`` passed.
+        """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        finished = self.poll()
+        while self._saves:
+            if deadline is not None and time.monotonic() > deadline:
+                raise CheckpointError(f"saves are still under way after {timeout_s:g} s")
+            time.sleep(0.002)
+            finished += self.poll()
+        return finished
+
+    def progress(self) -> tuple[int, int]:
+        """Return (bytes written, bytes to write) of the newest save of this rank; (0, 0) if none is under way."""
+        running = [save for save in self._saves.values() if save.part_s is None and not save.done]
+        return (self._writer.arena.written, running[-1].size) if running and self._writer else (0, 0)
+
+    def close(self, timeout_s: float = 60.0) -> None:
+        """Let the writer finish for at most ``timeout_s``, then leave it to end by itself. Idempotent."""
+        if self._writer is not None:
+            self._writer.close(timeout_s)
+            self._writer = self._pinned = None
+
+    def _agree_on_session(self) -> None:
+        if self._session is None:
+            session = [secrets.token_hex(4)]
+            if self.world_size > 1:
+                source = torch.distributed.get_global_rank(self.group, 0) if self.group is not None else 0
+                torch.distributed.broadcast_object_list(session, src=source, group=self.group)
+            self._session = session[0]
+
+    def _plan_of(self, shards: Sequence[Shard]) -> FilePlan:
+        """Return the plan of this rank's file; planned once for all saves of equal descriptions."""
+        parts = parts_of(shards)
+        if self._plan is None or self._plan[0] != parts:
+            self._plan = (parts, plan_file(parts, self.rank))
+        return self._plan[1]
+
+    def _order(
+        self, iteration: int, plan: FilePlan, common: Any, layout: dict[str, Any] | None, score: float | None
+    ) -> dict[str, Any]:
+        save_id = f"{self._session}-{self._number}"
+        order: dict[str, Any] = {
+            "op": "save",
+            "number": self._number,
+            "save_id": save_id,
+            "folder": str(partial_dir(self.root.absolute(), iteration, save_id)),
+            "rank": self.rank,
+            "size": plan.size,
+            "layout": id(plan),
+            "commit": None,
+        }
+        if self.rank == 0:
+            order["commit"] = {
+                "iteration": iteration,
+                "ranks": list(range(self.world_size)),
+                "timeout_s": self.commit_timeout_s,
+                "common": common,
+                "layout": layout or {},
+                "libraries": {"torch": torch.__version__, "python": platform.python_version()},
+                "retention": asdict(self.retention),
+                "score": score,
+            }
+            try:
+                json.dumps(common)
+            except (TypeError, ValueError) as error:
+                raise CheckpointError(f"`common` must be a JSON value: {error}") from None
+        return order
+
+    def _make_room(self) -> float:
+        """Wait until the arena is free; return the seconds."""
+        start = time.monotonic()
+        waited = False
+        while any(save.part_s is None and not save.done for save in self._saves.values()):
+            self._hear()
+            if not waited:
+                waited = True
+                logger.warning("rank %d: waiting for the save before to be written", self.rank)
+            time.sleep(0.001)
+        return time.monotonic() - start if waited else 0.0
+
+    def _writer_for(self, size: int) -> Writer:
+        """Return a living writer whose arena is large enough."""
+        needed = size if self.max_host_bytes is None else min(size, self.max_host_bytes)
+        if self._writer is not None and self._writer.exit_status is None and self._writer.arena.capacity >= needed:
+            return self._writer
+        if self._writer is not None:
+            self._unpin()
+            self._writer.close(timeout_s=0.0)  # a living one finishes the commits that it still waits for
+            self._writer = None
+        self._writer = Writer(needed, self.storage, self.storage_options)
+        self._pin(self._writer)
+        return self._writer
+
+    def _pin(self, writer: Writer) -> None:
+        """Register the arena with the accelerator, so that it copies straight into it."""
+        if torch.cuda.is_available():
+            ring = torch.frombuffer(writer.arena.memory, dtype=torch.uint8)[-writer.arena.capacity :]
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(ring.data_ptr(), ring.numel(), 0))
+            self._pinned = ring
+
+    def _unpin(self) -> None:
+        if self._pinned is not None:
+            torch.cuda.cudart().cudaHostUnregister(self._pinned.data_ptr())
+            self._pinned = None
+
+    def _send(self, writer: Writer, order: dict[str, Any], plan: FilePlan) -> None:
+        if writer.layout is not plan:
+            pieces = [piece_record(piece) for piece in plan.pieces]
+            layout = {"op": "layout", "id": id(plan), "pieces": pieces, "tensors": tensor_records(plan.tensors)}
+            writer.send(layout)
+            writer.layout = plan
+        writer.arena.begin()
+        writer.expect_progress()
+        writer.send(order)
+
+    def _wait_until_written(self, position: int) -> None:
+        """Wait, while staging, until the writer has made room."""
+        save = self._saves[self._number]
+        assert self._writer is not None
+        arena = self._writer.arena
+        while arena.written < position:
+            self._hear()
+            if save.error is not None:
+                raise CheckpointError(save.error)
+            time.sleep(0.001)
+
+    def _hear(self) -> None:
+        """Take the writer's news, and notice that it died or hangs."""
+        writer = self._writer
+        if writer is None:
+            return
+        status = writer.exit_status  # before the events: what it said before it died is not lost
+        for event in writer.events():
+            save = self._saves.get(event["number"])
+            if save is None:
+                continue
+            if event["error"] is not None:
+                save.error = save.error or event["error"]
+            elif event["event"] == "part":
+                save.part_s = time.monotonic() - save.started
+            else:
+                save.durable_s, save.path = time.monotonic() - save.started, Path(event["path"])
+        if status is not None:
+            self._give_up(f"the writer process died (status {status})")
+        elif self._hangs(writer):
+            writer.process.kill()
+            self._give_up(f"the writer process made no progress for {self.stall_timeout_s:g} s and was ended")
+
+    def _hangs(self, writer: Writer) -> bool:
+        now = time.monotonic()
+        if any(save.part_s is None and not save.done for save in self._saves.values()):
+            return writer.silent_s() > self.stall_timeout_s
+        limit = self.commit_timeout_s + self.stall_timeout_s
+        return any(not save.done and now - save.started - (save.part_s or 0) > limit for save in self._saves.values())
+
+    def _give_up(self, reason: str) -> None:
+        """Fail everything that the writer had in hand, and forget the writer."""
+        writer, self._writer = self._writer, None
+        self._unpin()
+        for save in self._saves.values():
+            if not save.done:
+                save.error = reason
+        if writer is not None:
+            writer.close(timeout_s=0.0)
+
+    def _fail(self, number: int, save: Save, reason: str, order: dict[str, Any]) -> None:
+        """Record that a save could not even be staged, and tell the committing rank."""
+        save.error = save.error or reason
+        self._saves[number] = save
+        if self._writer is not None:
+            self._writer.arena.abort()  # the writer stops waiting, and reports the failure itself
+            return
+        try:
+            reporter = Writer(_FAILING_CAPACITY, self.storage, self.storage_options)
+            reporter.send(order | {"op": "fail", "error": reason})
+            reporter.close(timeout_s=0.0)
+        except CheckpointError:
+            logger.warning("rank %d: the failure of the save could not be reported to the other ranks", self.rank)
+
+    # ------------------------------------------------------------------ loading
+
+    def iterations(self) -> list[int]:
+        """Return the complete steps, oldest first. Any rank, no communication."""
+        return complete_iterations(self.root)
+
+    def load(
+        self,
+        shards: Sequence[Shard],
+        iteration: int | None = None,
+        *,
+        partial: bool = False,
+        optional: str | None = None,
+    ) -> LoadReport:
+        """Fill the tensors of ``shards`` from a step. All ranks call it, each with what its layout needs.
+
+        Args:
+            shards: what to fill, in place; any layout.
+            iteration: the step; None takes the newest that is valid, passing over damaged ones with a warning.
+            partial: the step may hold tensors that nobody asks for.
+            optional: tensors whose keys begin so may be missing (they keep their values) or left over.
+
+        Raises:
+            CorruptCheckpointError: the step is damaged; names file, chunk and tensor.
+            CheckpointError: there is no step, tensors are missing or left over, or of another shape or type.
+        """
+        return load_newest(self.root, self.group, shards, iteration, partial, optional)

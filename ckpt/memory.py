@@ -1,0 +1,142 @@
+"""Between torch's tensors and plain memory: types, addresses, staging copies. With checkpointer.py and the adapters
+the only code of this package that knows torch."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ckpt.errors import CheckpointError
+from ckpt.manifest import TensorInfo
+from ckpt.rankfile import FilePlan, Part
+from ckpt.reader import Target
+from ckpt.shard import Shard
+
+if TYPE_CHECKING:
+    from ckpt.writer.arena import Arena
+
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.complex64: "C64",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+    torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64", torch.bool: "BOOL",
+}  # fmt: skip
+TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
+
+
+def dtype_name(tensor: Tensor, key: str) -> str:
+    """Return safetensors' name of a tensor's type.
+
+    Raises:
+        CheckpointError: it has none.
+    """
+    try:
+        return DTYPES[tensor.dtype]
+    except KeyError:
+        raise CheckpointError(f"{key!r}: tensors of type {tensor.dtype} cannot be saved") from None
+
+
+def parts_of(shards: Sequence[Shard]) -> list[Part]:
+    """Return the shards without their data."""
+    return [
+        Part(s.key, dtype_name(s.data, s.key), tuple(s.global_shape), s.region, s.replica_id, s.writers) for s in shards
+    ]
+
+
+def stage(shards: Sequence[Shard], plan: FilePlan, header: bytes, ring: Ring) -> None:
+    """Copy a file's content, piece by piece, into the ring. Afterwards the tensors may change."""
+    ring.put_bytes(header)
+    for piece, (number, first) in zip(plan.pieces, plan.sources, strict=True):
+        data = shards[number].data.detach()
+        if not data.is_contiguous():
+            data = data.contiguous()
+        ring.put(data, first * data.element_size(), piece.region.numel * data.element_size())
+    ring.flush()
+
+
+class Ring:
+    """Puts tensors one after the other into an arena, waiting for the writer where it must."""
+
+    def __init__(self, arena: Arena, wait_for: WaitFor, pinned: Tensor | None = None) -> None:
+        """Fill ``arena`` from its start; ``wait_for(position)`` returns once the file is written up to there."""
+        self.arena, self.wait_for, self.pinned = arena, wait_for, pinned
+        self.base = arena.address
+        self.at = 0
+        self.stream: torch.cuda.Stream | None = None
+
+    def _room(self, size: int) -> tuple[int, int]:
+        """Return (ring position, bytes): how much of ``size`` can go there at once; waits if the ring is full."""
+        capacity = self.arena.capacity
+        if self.at - self.arena.written >= capacity:
+            self.flush()
+            self.wait_for(self.at - capacity + 1)
+        free = capacity - (self.at - self.arena.written)
+        position = self.at % capacity
+        return position, min(size, free, capacity - position)
+
+    def put_bytes(self, data: bytes) -> None:
+        """Put plain bytes."""
+        self._put_address(ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value or 0, len(data))
+
+    def put(self, data: Tensor, begin: int, size: int) -> None:
+        """Put ``size`` bytes of a contiguous tensor, from byte ``begin`` on."""
+        if data.device.type == "cpu":
+            self._put_address(data.data_ptr() + begin, size)
+            return
+        source = data.view(-1).view(torch.uint8)[begin : begin + size]
+        if self.stream is None:
+            self.stream = torch.cuda.Stream()
+            self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            while len(source):
+                position, count = self._room(len(source))
+                self.pinned[position : position + count].copy_(source[:count], non_blocking=True)
+                source = source[count:]
+                self.at += count
+
+    def _put_address(self, address: int, size: int) -> None:
+        while size:
+            position, count = self._room(size)
+            ctypes.memmove(self.base + position, address, count)
+            address, size, self.at = address + count, size - count, self.at + count
+            if self.stream is None:
+                self.arena.staged = self.at
+
+    def flush(self) -> None:
+        """Tell the writer of everything put so far, once copies from a device have arrived."""
+        if self.stream is not None:
+            self.stream.synchronize()
+        self.arena.staged = self.at
+
+
+class WaitFor:
+    """A function of a file position that returns once the writer is that far, or raises."""
+
+    def __call__(self, position: int) -> None:
+        """Wait."""
+
+
+def targets_of(shards: Sequence[Shard]) -> tuple[list[Target], list[tuple[Tensor, Tensor]]]:
+    """Return targets that fill the shards, and (shard's tensor, host copy) pairs to be copied after the read."""
+    targets, copies = [], []
+    for shard in shards:
+        data = shard.data.detach()
+        if data.device.type != "cpu" or not data.is_contiguous():
+            host = torch.empty(data.shape, dtype=data.dtype, pin_memory=data.device.type == "cuda")
+            copies.append((data, host))
+            data = host
+        info = TensorInfo(dtype_name(data, shard.key), tuple(shard.global_shape))
+        targets.append(Target(shard.key, info, shard.region, _memory_of(data), shared=shard.writers > 1))
+    return targets, copies
+
+
+def _memory_of(data: Tensor) -> np.ndarray:
+    size = data.numel() * data.element_size()
+    if not size:
+        return np.empty(0, dtype=np.uint8)
+    return np.frombuffer((ctypes.c_uint8 * size).from_address(data.data_ptr()), dtype=np.uint8)
