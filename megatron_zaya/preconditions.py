@@ -45,14 +45,14 @@ def checkpoint_to_load(config: RunConfig) -> tuple[Path, int | None] | None:
     return None
 
 
-def check_run(config: RunConfig, world_size: int) -> None:
+def check_run(config: RunConfig, world_size: int, ranks_per_node: int | None = None) -> None:
     """Check everything about a run that can be known without starting it.
 
     Raises:
         ConfigError: the configuration cannot work with this world.
         DataError: the data are missing, damaged, or do not fit the configuration.
     """
-    check_layout(config, world_size)
+    check_layout(config, world_size, ranks_per_node)
     if config.data.seq_length > config.model.max_position_embeddings:
         raise ConfigError(
             f"data.seq_length={config.data.seq_length} is beyond "

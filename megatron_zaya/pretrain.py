@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
     heartbeat.beat("rendezvous")
     _answer_stack_requests(env)
     config = load_config(argv[0], argv[1:])
-    check_run(config, env.world_size)
+    check_run(config, env.world_size, env.local_world_size)
     env.bind()
     _agree(env, config)
 
