@@ -256,6 +256,8 @@ class RunSection(Section):
     seed: NonNegativeInt = 1234
     precision: Literal["fp32", "bf16"] = "bf16"
     """Parameter and compute type; bf16 keeps fp32 master weights, residual stream, norms and softmaxes."""
+    loss_workspace_mib: PositiveInt = 256
+    """fp32 logits that exist at a time, in MiB per rank; all of them would need 4 x tokens x vocabulary bytes."""
     backend: Literal["auto", "nccl", "gloo"] = "auto"
     """Communication library; auto is nccl (RCCL on ROCm) with an accelerator, else gloo."""
     distributed_timeout_s: PositiveInt = 600

@@ -32,6 +32,7 @@ class ZayaTransformerConfig(TransformerConfig):
     recompute: RecomputePlan = field(default_factory=RecomputePlan)
     layer_types: tuple[str, ...] = ()
     """One entry per layer, "full" or "sliding"."""
+    loss_workspace_bytes: int = 256 * 2**20
 
     @property
     def num_router_classes(self) -> int:
@@ -107,4 +108,5 @@ def zaya_transformer_config(config: RunConfig) -> ZayaTransformerConfig:
         sliding_window=model.sliding_window,
         recompute=recompute_plan(parallel),
         layer_types=tuple(model.layer_types or ["full"] * model.num_layers),
+        loss_workspace_bytes=config.run.loss_workspace_mib * 2**20,
     )

@@ -20,6 +20,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from torch import Tensor, nn
 
 from megatron_zaya.model.linear import ColumnParallelLinear
+from megatron_zaya.model.loss import head_loss
 from megatron_zaya.model.recompute import run_again_later
 from megatron_zaya.model.residual import InputScaling, RMSNorm
 from megatron_zaya.model.sharding import describe_shard, sharded_tensor
@@ -141,10 +142,15 @@ class ZayaModel(LanguageModule):
         if not self.post_process:
             return torch.cat([x_SBH, router_state_SBR.to(x_SBH.dtype)], dim=-1)
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        logits_SBV, _ = self.output_layer(self.final_layernorm(x_SBH), weight=weight)
+        x_SBH = self.final_layernorm(x_SBH)
         if labels is None:
+            logits_SBV, _ = self.output_layer(x_SBH, weight=weight)
             return logits_SBV.transpose(0, 1).contiguous()
-        return self.compute_language_model_loss(labels, logits_SBV)
+        weight = self.output_layer.weight if weight is None else weight
+        workspace = self.config.loss_workspace_bytes
+        sequence_parallel = self.config.sequence_parallel
+        loss_SB = head_loss(x_SBH, weight, labels.transpose(0, 1), workspace, self.tp_group, sequence_parallel)
+        return loss_SB.transpose(0, 1).contiguous()
 
     def global_name(self, name: str) -> str:
         """Translate a parameter or buffer name of this stage to the name in the whole model."""
