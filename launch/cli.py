@@ -13,16 +13,19 @@ from typing import Annotated
 import typer
 
 from ckpt.errors import CheckpointError
-from launch.env import LaunchError
+from launch import job_cli
+from launch.errors import LaunchError
 from megatron_zaya.config import ConfigError, dump_config, json_schema, load_config
 from megatron_zaya.data.errors import DataError
 from topology.cli import app as topology_app
+from topology.errors import TopologyError
 
-USER_ERRORS = (ConfigError, DataError, CheckpointError, LaunchError)
+USER_ERRORS = (ConfigError, DataError, CheckpointError, LaunchError, TopologyError)
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 config_app = typer.Typer(no_args_is_help=True, help="Run files: schema, resolved values.")
 data_app = typer.Typer(no_args_is_help=True, help="Tokenised text.")
+app.command()(job_cli.submit)
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
 app.add_typer(topology_app, name="topology")

@@ -26,7 +26,7 @@ class Supervision:
     """Where SIGUSR2 makes the rank write the stacks of all its threads."""
     attempt: int = 0
     drill: str = ""
-    """Faults to rehearse, see `megatron_zaya/train/callbacks/drill.py`."""
+    """Faults to rehearse, see `megatron_zaya/config/drill.py`."""
 
 
 @dataclass(frozen=True)

@@ -340,9 +340,7 @@ class Controller:
     def _hosts(self) -> list[str]:
         if self.local:
             return self.job.hosts or [f"local{number}" for number in range(self.job.nodes)]
-        hosts = slurm.allocated_hosts()
-        if not hosts:
-            raise LaunchError("SLURM_JOB_NODELIST is not set: start with `zaya submit` or sbatch, or here with --local")
+        hosts = slurm.allocation()
         if len(hosts) < self.job.nodes:
             raise LaunchError(f"the job needs {self.job.nodes} nodes, the allocation has {len(hosts)}: sbatch --nodes")
         return hosts

@@ -56,6 +56,8 @@ class Job:
     """What each rank runs."""
     agent_command: list[str]
     """What starts an agent on a node: a container launcher, if any, and the interpreter."""
+    srun_options: list[str] = field(default_factory=list)
+    """What srun itself must know about the container."""
     environment: dict[str, str] = field(default_factory=dict)
     hosts: list[str] = field(default_factory=list)
     """Planned node order; empty means the order of the allocation."""

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from launch.errors import LaunchError
 from launch.supervise.job import Job
 from topology.hostlist import compress, expand
 
@@ -28,7 +29,30 @@ def agents_command(job: Job, controller: str, nodes: int) -> list[str]:
     cpus = os.environ.get("SLURM_CPUS_ON_NODE", "")
     if cpus.isdigit():
         options.append(f"--cpus-per-task={cpus}")
-    return ["srun", *options, *job.agent_command, "--controller", controller, "--job", str(job.folder)]
+    return [
+        "srun",
+        *options,
+        *job.srun_options,
+        *job.agent_command,
+        "--controller",
+        controller,
+        "--job",
+        str(job.folder),
+    ]
+
+
+def allocation(environ: Mapping[str, str] | None = None) -> list[str]:
+    """Nodes of the allocation that this shell is in.
+
+    Raises:
+        LaunchError: it is in none.
+    """
+    hosts = allocated_hosts(environ)
+    if not hosts:
+        raise LaunchError(
+            "SLURM_JOB_NODELIST is not set: this shell is in no allocation; use sbatch, salloc or --local"
+        )
+    return hosts
 
 
 async def _run(*command: str) -> tuple[int, str]:
