@@ -163,6 +163,8 @@ class SlurmCluster:
         key = munge / "key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o400)
+        for node in self.node_names:  # PMIx makes a folder per job there: each node needs its own
+            (self.folder / "tmp" / node).mkdir(parents=True)
         names = [f"127.0.0.1 localhost {' '.join(self.node_names)}"]
         (self.folder / "hosts").write_text("\n".join(names) + "\n")
         (self.folder / "slurm.conf").write_text(self._configuration())
@@ -197,6 +199,7 @@ SlurmdUser=root
 AuthType=auth/munge
 AuthInfo=socket={self.folder}/munge/run/munge.sock,cred_expire=5
 StateSaveLocation={self.folder}/state
+TmpFS={self.folder}/tmp/%n
 SlurmdSpoolDir={self.folder}/spool/%n
 SlurmctldLogFile={self.folder}/log/slurmctld.log
 SlurmdLogFile={self.folder}/log/%n.log

@@ -39,6 +39,8 @@ SIGNATURES: tuple[tuple[str, str], ...] = (
     ),
 )
 _COMPILED = tuple((category, re.compile(pattern)) for category, pattern in SIGNATURES)
+# torch puts the rank in front.
+_EXCEPTION = re.compile(r"(?:\[rank\d+\]: ?)?(\w[\w.]*(?:Error|Exception|Interrupt|Exit)\b.*)")
 _KILLED = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE}
 
 
@@ -95,9 +97,7 @@ def classify_exit(exit: RankExit) -> Cause:
     if -exit.status in _KILLED:
         return cause(USER_CODE, f"ended by {signal.Signals(-exit.status).name}", exit.tail[-1000:])
     if "Traceback" in exit.tail:
-        last = [
-            line for line in exit.tail.splitlines() if re.match(r"\w[\w.]*(Error|Exception|Interrupt|Exit)\b", line)
-        ]
+        last = [match[1] for match in map(_EXCEPTION.match, exit.tail.splitlines()) if match]
         return cause(USER_CODE, last[-1] if last else "an exception", exit.tail[-2000:])
     return cause(USER_CODE, f"exit status {exit.status}", exit.tail[-1000:])
 

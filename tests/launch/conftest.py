@@ -1,0 +1,109 @@
+"""A real Slurm cluster for the tests of a module, a tiny run on real text, and jobs that are waited for."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launch.supervise.record import read_events
+from megatron_zaya.data.prepare import prepare
+from tests.slurm_cluster import SlurmCluster, missing, slurm_cluster
+
+REPOSITORY = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+MODEL = dict(
+    num_layers=2,
+    hidden_size=32,
+    num_attention_heads=2,
+    num_query_groups=1,
+    kv_channels=16,
+    num_moe_experts=3,
+    moe_ffn_hidden_size=16,
+    router_hidden_size=16,
+    vocab_size=258,
+    max_position_embeddings=64,
+    rotary_base=10_000.0,
+)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the runs of a module, with prepared text and `run.yaml`."""
+    folder = tmp_path_factory.mktemp("work")
+    prepare(["python-stdlib"], folder / "text", limit_documents=60, workers=1)
+    tree = {
+        "run": {"name": "tiny", "precision": "fp32"},
+        "model": MODEL,
+        "optimizer": {"lr": 1e-2, "min_lr": 1e-3},
+        "schedule": dict(train_iters=12, global_batch_size=8, micro_batch_size=2, lr_warmup_iters=1),
+        "data": {"data_path": [str(folder / "text")], "seq_length": 32},
+        "checkpoint": {"save_interval": 4},
+        "telemetry": {"loss_curve": False},
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(tree))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
+    """Four nodes with eight fake GPUs each."""
+    if missing():
+        pytest.skip(missing())
+    with slurm_cluster(tmp_path_factory.mktemp("slurm") / "c", ["n0", "n1", "n2", "n3"], gpus=8) as running:
+        yield running
+
+
+ENVIRONMENT = {
+    "PATH": f"{BIN}:{os.environ['PATH']}",
+    "OMP_NUM_THREADS": "1",
+    "GLOO_SOCKET_IFNAME": "lo",  # the nodes of the test cluster share one network
+}
+
+
+def sbatch(cluster: SlurmCluster, workdir: Path, *arguments: str, env: dict[str, str] | None = None) -> str:
+    """Submit from ``workdir``; return the job id."""
+    command = ["sbatch", "--parsable", "--time=10", *arguments]
+    return cluster.run(command, cwd=workdir, extra_env={**ENVIRONMENT, **(env or {})}).stdout.strip()
+
+
+def job_field(cluster: SlurmCluster, job_id: str, field: str) -> str:
+    """One field of `scontrol show job`."""
+    shown = cluster.run(["scontrol", "-o", "show", "job", job_id]).stdout
+    return next((word.split("=", 1)[1] for word in shown.split() if word.startswith(f"{field}=")), "")
+
+
+def wait(ready: Callable[[], object], what: str, timeout_s: float = 90.0, diagnose: Callable[[], str] = str) -> None:
+    """Poll until ``ready``; fail with ``diagnose()`` after the deadline."""
+    deadline = time.monotonic() + timeout_s
+    while not ready():
+        assert time.monotonic() < deadline, f"no {what} within {timeout_s:g} s\n{diagnose()}"
+        time.sleep(0.2)
+
+
+def wait_for_end(cluster: SlurmCluster, job_id: str, folder: Path, timeout_s: float = 90.0) -> str:
+    """Wait for the end of a job; return its state."""
+    ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+    wait(
+        lambda: job_field(cluster, job_id, "JobState") in ended,
+        f"end of job {job_id}",
+        timeout_s,
+        lambda: output(folder) + cluster.log_tail(),
+    )
+    return job_field(cluster, job_id, "JobState")
+
+
+def output(folder: Path) -> str:
+    """Everything that jobs wrote below a folder, the end of each file."""
+    files = [p for p in sorted(folder.rglob("*")) if p.suffix in (".out", ".log")]
+    return "\n".join(f"==> {path} <==\n{path.read_text(errors='replace')[-2500:]}" for path in files)
+
+
+def events(run_dir: Path, kind: str | None = None) -> list[dict]:
+    """The supervisor's events of a run."""
+    return read_events(run_dir / "launch/events.jsonl", kind)

@@ -1,0 +1,70 @@
+"""Real training on a real Slurm: from sbatch to a finished run, and back from every failure.
+
+Every test of this module runs jobs on one cluster of four nodes. Ranks import torch, so each attempt costs seconds.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_zaya.telemetry.jsonl import read_events as read_metrics
+from megatron_zaya.telemetry.jsonl import steps_by_iteration
+from tests.launch.conftest import REPOSITORY, events, job_field, output, sbatch, wait, wait_for_end
+
+pytestmark = pytest.mark.slurm
+SCRIPTS = REPOSITORY / "slurm"
+SITE = """
+slurm: {gpus_per_node: 8, exclusive: false}
+ranks_per_node: 1
+supervise: {connect_timeout_s: 60, node_timeout_s: 6, start_timeout_s: 120, hang_timeout_s: 8, settle_s: 1}
+"""
+
+
+def losses(run_dir: Path) -> dict[int, tuple[float, float]]:
+    return {i: (s["loss"], s["grad_norm"]) for i, s in steps_by_iteration(run_dir / "metrics.jsonl").items()}
+
+
+@pytest.fixture(scope="module")
+def site(workdir: Path) -> Path:
+    (workdir / "site.yaml").write_text(SITE)
+    return workdir / "site.yaml"
+
+
+@pytest.fixture(scope="module")
+def reference(cluster, workdir) -> dict[int, tuple[float, float]]:
+    """Steps of the uninterrupted run: `sbatch slurm/smoke_single_node.sbatch`, two ranks on one node."""
+    job = sbatch(
+        cluster, workdir, str(SCRIPTS / "smoke_single_node.sbatch"),
+        env={"RUN_FILE": "run.yaml", "OVERRIDES": "run.name=smoke"},
+    )  # fmt: skip
+    assert wait_for_end(cluster, job, workdir) == "COMPLETED", output(workdir)
+    assert "smoke_single_node: passed" in (workdir / f"slurm-{job}.out").read_text()
+    return losses(workdir / "runs/smoke")
+
+
+def test_the_smoke_script_trains(reference):
+    assert set(reference) == set(range(1, 13))
+    assert reference[12][0] < reference[1][0] - 0.3
+
+
+def test_two_nodes_of_two_ranks_are_told_to_save_requeue_and_go_on(cluster, workdir):
+    """`pretrain.sbatch` with SIGUSR1 in the middle; compared with the same job left alone."""
+    run = {"RUN_FILE": "run.yaml", "NPROC": "2"}
+    script = str(SCRIPTS / "pretrain.sbatch")
+    whole = sbatch(cluster, workdir, script, env=run | {"OVERRIDES": "run.name=whole"})
+    assert wait_for_end(cluster, whole, workdir) == "COMPLETED", output(workdir)
+    # A late loader, so that the signal finds it half-way.
+    broken = workdir / "runs/broken"
+    slow = ";".join(f"slow:rank={rank},iteration=1,seconds=0.15" for rank in range(4))
+    job = sbatch(cluster, workdir, script, env=run | {"OVERRIDES": "run.name=broken", "DRILL": slow})
+    wait(lambda: events(broken, "training"), "first step", diagnose=lambda: output(workdir))
+    cluster.run(["scancel", "--signal=USR1", "--batch", job])
+    wait(lambda: len(events(broken, "job_started")) == 2, "second start", diagnose=lambda: output(workdir))
+    assert wait_for_end(cluster, job, workdir) == "COMPLETED", output(workdir)
+    assert job_field(cluster, job, "Restarts") == "1"
+    ended = read_metrics(broken / "metrics.jsonl", "RunEnded")
+    assert [e["reason"] for e in ended] == ["SIGUSR1", "finished"]
+    assert 0 < ended[0]["iteration"] < 12
+    assert losses(broken) == losses(workdir / "runs/whole"), "bit for bit"
