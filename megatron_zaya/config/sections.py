@@ -102,6 +102,9 @@ class ParallelConfig(Section):
     pipeline_model_parallel_layout: list[PositiveInt] | None = None
     """Layers of each (virtual) stage, in the order a token passes them; None spreads them evenly."""
     context_parallel_size: PositiveInt = 1
+    """Ranks that share each sequence."""
+    cp_comm_type: Literal["all_gather", "p2p"] = "all_gather"
+    """How attention gets the keys and values of the other context-parallel ranks: all at once, or around a ring."""
     expert_model_parallel_size: PositiveInt = 1
     expert_tensor_parallel_size: PositiveInt = 1
     sequence_parallel: bool = False
@@ -204,12 +207,24 @@ class DataConfig(Section):
     tokenizer_model: str = "byte"
     """"byte" (built in), or a folder with a Hugging Face tokenizer.json."""
     reset_position_ids: bool = False
+    """Count positions from the start of each document; goes with `reset_attention_mask`."""
     reset_attention_mask: bool = False
+    """Keep the documents of a sample apart: no token sees another document, in any layer."""
     eod_mask_loss: bool = False
+    """Give no loss to the token after the end of a document."""
     data_cache_path: str | None = None
     """Folder of the sample index; None keeps it beside the data."""
     num_workers: NonNegativeInt = 0
     """Loader processes per rank."""
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        if self.reset_position_ids != self.reset_attention_mask:
+            raise ValueError(
+                f"reset_position_ids={self.reset_position_ids} and reset_attention_mask={self.reset_attention_mask}: "
+                "set both, to keep documents apart, or none"
+            )
+        return self
 
 
 class CheckpointConfig(Section):

@@ -92,6 +92,16 @@ def build_dataloader(dataset: Any, sampler: ResumableSampler, num_workers: int =
     return ResumableLoader(_loader(dataset, sampler, num_workers), sampler)
 
 
+def document_boundaries(position_ids_BS: torch.Tensor) -> torch.Tensor:
+    """Where documents start in the samples laid end to end, and their length: Megatron's `cu_seqlens`, int32.
+
+    With `reset_position_ids`, positions count from the start of each document; a document that runs on from the
+    sample before starts anew.
+    """
+    starts = (position_ids_BS.flatten() == 0).nonzero().flatten()
+    return torch.cat([starts, starts.new_tensor([position_ids_BS.numel()])]).to(torch.int32)
+
+
 def evaluation_batches(
     dataset: Any,
     micro_batch_size: int,

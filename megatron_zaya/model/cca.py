@@ -14,6 +14,7 @@ ranks than key-value heads, several ranks hold the same key-value head (see shar
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,10 +26,11 @@ from megatron.core.utils import divide
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from megatron_zaya.model.derivatives import causal_taps, merged_taps, normalised_sum, pair_blocks, rotate
+from megatron_zaya.model.derivatives import causal_taps, merged_taps, normalised_sum, rotate
 from megatron_zaya.model.recompute import run_again_later
 from megatron_zaya.model.sharding import describe_shard, sum_over_ranks
 from megatron_zaya.model.transformer_config import ZayaTransformerConfig
+from megatron_zaya.parallel.sequence import LocalSequence, exchange_halo
 
 
 @dataclass
@@ -79,7 +81,8 @@ def causal_convolutions(
     depthwise_bias: Tensor,
     grouped_weight: Tensor,
     grouped_bias: Tensor,
-    history_PBC: Tensor | None = None,
+    before: Sequence[Tensor] | None = None,
+    position_SB: Tensor | None = None,
 ) -> Tensor:
     """Depthwise, then head-wise causal convolution over time.
 
@@ -87,24 +90,26 @@ def causal_convolutions(
         x_SBC: the concatenated q and k channels.
         depthwise_weight: [C, 1, k0]; depthwise_bias: [C].
         grouped_weight: [C, D, k1], one group per head; grouped_bias: [C].
-        history_PBC: the P = k0 + k1 - 2 rows before ``x_SBC``; None means the sequence starts here and they are
-            zero. Only the input of the first convolution is padded: its bias reaches the rows before the start.
+        before: for each of the equal chunks that ``x_SBC`` consists of, the P = k0 + k1 - 2 rows [P, B, C] before it;
+            None means one chunk, and that the sequence starts here and they are zero. Only the input of the first
+            convolution is padded: its bias reaches the rows before the start.
+        position_SB: position of each token in its document, where there are several: rows before it are zero.
 
     Returns:
         [S, B, C] in the dtype of ``x_SBC``.
     """
-    seq, batch, channels = x_SBC.shape
-    head_width = grouped_weight.shape[1]
-    heads = channels // head_width
+    batch, dtype, head_width = x_SBC.shape[1], x_SBC.dtype, grouped_weight.shape[1]
     weight_kXDD, bias_X1D = merge_convolutions(depthwise_weight, depthwise_bias, grouped_weight, grouped_bias)
-    history = len(weight_kXDD) - 1
-    if history_PBC is None:
-        history_PBC = x_SBC.new_zeros(history, batch, channels)
-    x_RBC = torch.cat([history_PBC, x_SBC])
-    x_XRD = x_RBC.view((history + seq) * batch, heads, head_width).transpose(0, 1)
-    dtype = x_SBC.dtype
-    out_XTD = causal_taps(x_XRD, weight_kXDD.to(dtype), bias_X1D.to(dtype), step=batch)
-    return out_XTD.transpose(0, 1).reshape(seq, batch, channels)
+    weight_kXDD, bias_X1D = weight_kXDD.to(dtype), bias_X1D.to(dtype)
+    if before is None:
+        before = (x_SBC.new_zeros(len(weight_kXDD) - 1, *x_SBC.shape[1:]),)
+    positions = [None] * len(before) if position_SB is None else [p.flatten() for p in position_SB.chunk(len(before))]
+    out = []
+    for chunk_SBC, before_PBC, position_T in zip(x_SBC.chunk(len(before)), before, positions, strict=True):
+        x_XRD = torch.cat([before_PBC, chunk_SBC]).unflatten(-1, (-1, head_width)).flatten(0, 1).transpose(0, 1)
+        out_XTD = causal_taps(x_XRD, weight_kXDD, bias_X1D, batch, position_T)
+        out.append(out_XTD.transpose(0, 1).reshape(chunk_SBC.shape))
+    return out[0] if len(out) == 1 else torch.cat(out)
 
 
 def merge_convolutions(
@@ -133,56 +138,20 @@ def mean_of_other_queries(plain_TXD: Tensor, replica_group: ProcessGroup) -> Ten
     return F.pad((all_T1D - own_T1D) / 2, (0, 0, queries, 0))
 
 
-def delay_one_token(x_SBV: Tensor, previous_1BV: Tensor | None = None) -> Tensor:
-    """Shift rows by one token; the first row is ``previous_1BV``, or zero at the start of the sequence."""
-    if previous_1BV is None:
-        previous_1BV = x_SBV.new_zeros(1, *x_SBV.shape[1:])
-    return torch.cat([previous_1BV, x_SBV[:-1]])
+def delay_one_token(x_SBV: Tensor, before: Sequence[Tensor] | None = None, position_SB: Tensor | None = None) -> Tensor:
+    """Shift rows by one token.
 
-
-def attend(q_SBQD: Tensor, k_TBKD: Tensor, v_TBKD: Tensor, mask_ST: Tensor | None = None) -> Tensor:
-    """Grouped-query attention through torch's fused kernels, causal unless a mask says what is seen: [S, B, Q, D]."""
-    q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SBQD, k_TBKD, v_TBKD))
-    grouped = q.shape[1] != k.shape[1]
-    out_BQSD = F.scaled_dot_product_attention(q, k, v, mask_ST, is_causal=mask_ST is None, enable_gqa=grouped)
-    return out_BQSD.permute(2, 0, 1, 3)
-
-
-class CausalAttention(nn.Module):
-    """Causal attention over all tokens, or over a sliding window of the last ``window`` ones (itself included)."""
-
-    def __init__(self, config: ZayaTransformerConfig, layer_number: int) -> None:
-        super().__init__()
-        self.window = config.sliding_window if config.is_sliding(layer_number) else None
-
-    def forward(self, q_SBQD: Tensor, k_SBKD: Tensor, v_SBKD: Tensor) -> Tensor:
-        """Return [S, B, Q*D]; the logits are scaled by 1/sqrt(D)."""
-        seq = len(q_SBQD)
-        if self.window is None or self.window >= seq:
-            return attend(q_SBQD, k_SBKD, v_SBKD).flatten(2)
-        return attend_in_window(q_SBQD, k_SBKD, v_SBKD, self.window).flatten(2)
-
-
-def attend_in_window(q_SBQD: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, window: int) -> Tensor:
-    """Attend in blocks of ``window`` tokens (W), each to itself and the block before: work grows with S, not S^2.
-
-    The first block is causal; the others (n of them) share one mask and become batch entries.
+    Args:
+        x_SBV: the rows.
+        before: for each of the equal chunks that ``x_SBV`` consists of, the row [1, B, V] before it; None means one
+            chunk, and zero.
+        position_SB: position of each token in its document, where there are several: each starts with zero.
     """
-    seq, batch = q_SBQD.shape[:2]
-    blocks = -(-seq // window) - 1
-    padding = (0, 0, 0, 0, 0, 0, 0, (blocks + 1) * window - seq)
-    q, k, v = (F.pad(x, padding) if padding[-1] else x for x in (q_SBQD, k_SBKD, v_SBKD))
-    q_first, q_rest = q.split([window, blocks * window])
-    (k_first, k_pairs), (v_first, v_pairs) = (pair_blocks(x, window) for x in (k, v))
-    first = attend(q_first, k_first, v_first)
-
-    query, key = torch.arange(window, device=q.device), torch.arange(2 * window, device=q.device)
-    distance = query[:, None] + window - key
-    mask = (distance >= 0) & (distance < window)
-    rest = (q_rest.unflatten(0, (blocks, window)), k_pairs, v_pairs)
-    rest = attend(*(x.transpose(0, 1).flatten(1, 2) for x in rest), mask)
-    rest_SBQD = rest.unflatten(1, (blocks, batch)).transpose(0, 1).flatten(0, 1)
-    return torch.cat([first, rest_SBQD])[:seq]
+    if before is None:
+        before = (x_SBV.new_zeros(1, *x_SBV.shape[1:]),)
+    chunks = x_SBV.chunk(len(before))
+    delayed = torch.cat([rows for row, chunk in zip(before, chunks, strict=True) for rows in (row, chunk[:-1])])
+    return delayed if position_SB is None else delayed.masked_fill((position_SB == 0).unsqueeze(-1), 0)
 
 
 class CompressedConvolutionalAttention(MegatronModule):
@@ -240,29 +209,27 @@ class CompressedConvolutionalAttention(MegatronModule):
         )
         describe_shard(self.linear_proj.weight, {1: pg_collection.tp})
 
-    def _convolve(self, qk_SBC: Tensor) -> Tensor:
-        q, k = dict(self.conv_q.named_parameters()), dict(self.conv_k.named_parameters())
-        return causal_convolutions(qk_SBC, **{name: torch.cat([q[name], k[name]]) for name in q})
-
-    def forward(self, x_SBH: Tensor, rotary_pos_emb: Tensor) -> Tensor:
+    def forward(self, x_SBH: Tensor, rotary_pos_emb: Tensor, sequence: LocalSequence | None = None) -> Tensor:
         """Attend.
 
         Args:
             x_SBH: the normed input (a part of the sequence under sequence parallelism).
-            rotary_pos_emb: rotary angles [S, 1, 1, rotated width] of the whole sequence, fp32.
+            rotary_pos_emb: rotary angles [S, B or 1, 1, rotated width] of this context-parallel rank's tokens, fp32.
+            sequence: which tokens they are, and of which documents; None: whole sequences of one document.
         """
         weight = torch.cat([self.linear_q, self.linear_k, self.linear_v])
         qkv_SBC, _ = self.linear_qkv(x_SBH, weight=weight)
         if self.config.recompute.reruns("core_attn"):
-            attended_SBC = run_again_later(self._attend, qkv_SBC, rotary_pos_emb)
+            attended_SBC = run_again_later(self._attend, qkv_SBC, rotary_pos_emb, sequence)
         else:
-            attended_SBC = self._attend(qkv_SBC, rotary_pos_emb)
+            attended_SBC = self._attend(qkv_SBC, rotary_pos_emb, sequence)
         out, _ = self.linear_proj(attended_SBC)
         return out
 
-    def _attend(self, qkv_SBC: Tensor, rotary_pos_emb: Tensor) -> Tensor:
+    def _attend(self, qkv_SBC: Tensor, rotary_pos_emb: Tensor, sequence: LocalSequence | None) -> Tensor:
         """Return the attention output [S, B, Q * D] of this rank's heads: all between the two projections."""
         qk_SBC, v_SBV = qkv_SBC.split([self.q_width + self.kv_width, self.kv_width], dim=-1)
+        qk_before, delayed_before, position_SB = self._neighbourhood(qkv_SBC, sequence)
         seq, batch = qkv_SBC.shape[:2]
 
         # q and k stay side by side (X = Q + K heads) until attention: one kernel each for what they share.
@@ -270,7 +237,10 @@ class CompressedConvolutionalAttention(MegatronModule):
         temperature = at_least_fp32(self.temperature)
         temperature_X1 = torch.cat([temperature.new_ones(self.query_heads), temperature])[:, None]
         length_X1 = temperature_X1 * math.sqrt(self.config.kv_channels)
-        convolved_TXD, plain_TXD = (at_least_fp32(x).view(heads) for x in (self._convolve(qk_SBC), qk_SBC))
+        q_conv, k_conv = dict(self.conv_q.named_parameters()), dict(self.conv_k.named_parameters())
+        convolution = {name: torch.cat([q_conv[name], k_conv[name]]) for name in q_conv}
+        convolved_SBC = causal_convolutions(qk_SBC, **convolution, before=qk_before, position_SB=position_SB)
+        convolved_TXD, plain_TXD = (at_least_fp32(x).view(heads) for x in (convolved_SBC, qk_SBC))
         if self.kv_replica_group is not None:
             convolved_TXD = convolved_TXD + mean_of_other_queries(plain_TXD, self.kv_replica_group)
         qk_TXD = normalised_sum(convolved_TXD, plain_TXD, length_X1, self.query_heads)
@@ -279,6 +249,26 @@ class CompressedConvolutionalAttention(MegatronModule):
         q_SBQD, k_SBKD = qk_SBXD.split([self.query_heads, self.kv_heads], dim=2)
 
         current, delayed = v_SBV.split([self.current_width, self.kv_width - self.current_width], dim=-1)
-        v_SBKD = torch.cat([current, delay_one_token(delayed)], dim=-1).view(seq, batch, self.kv_heads, -1)
+        delayed = delay_one_token(delayed, delayed_before, position_SB)
+        v_SBKD = torch.cat([current, delayed], dim=-1).view(seq, batch, self.kv_heads, -1)
 
-        return self.core_attention(q_SBQD, k_SBKD, v_SBKD)
+        return self.core_attention(q_SBQD, k_SBKD, v_SBKD, sequence)
+
+    def _neighbourhood(
+        self, qkv_SBC: Tensor, sequence: LocalSequence | None
+    ) -> tuple[list[Tensor] | None, list[Tensor] | None, Tensor | None]:
+        """Return the rows before each local chunk, of q and k and of the delayed value, and positions in documents.
+
+        One exchange brings both. None stands for what needs no care.
+        """
+        if sequence is None:
+            return None, None, None
+        position_SB = None if sequence.documents is None else sequence.position_SB
+        if sequence.group.size() == 1:
+            return None, None, position_SB
+        reach = self.config.cca_time0 + self.config.cca_time1 - 2
+        rows = exchange_halo(qkv_SBC, max(reach, 1), sequence.group)
+        qk_width, skipped = self.q_width + self.kv_width, max(reach, 1) - reach
+        qk_before = [block[skipped:, :, :qk_width] for block in rows]
+        delayed_before = [block[-1:, :, qk_width + self.current_width :] for block in rows]
+        return qk_before, delayed_before, position_SB

@@ -132,34 +132,48 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
 
 class _CausalTaps(Function):
     @staticmethod
-    def forward(ctx: Any, x_XRD: Tensor, weight_kXDD: Tensor, bias_X1D: Tensor, step: int) -> Tensor:
-        ctx.save_for_backward(x_XRD, weight_kXDD)
+    def forward(
+        ctx: Any, x_XRD: Tensor, weight_kXDD: Tensor, bias_X1D: Tensor, step: int, position_T: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(x_XRD, weight_kXDD, position_T)
         ctx.step = step
         rows = x_XRD.shape[1] - (len(weight_kXDD) - 1) * step
-        out = torch.baddbmm(bias_X1D, x_XRD[:, :rows], weight_kXDD[0])
-        for tap, weight_XDD in enumerate(weight_kXDD[1:], start=1):
-            out.baddbmm_(x_XRD[:, tap * step : tap * step + rows], weight_XDD)
+        out = bias_X1D
+        for tap, weight_XDD in enumerate(weight_kXDD):
+            window = _within_document(x_XRD[:, tap * step : tap * step + rows], len(weight_kXDD) - 1 - tap, position_T)
+            out = torch.baddbmm(bias_X1D, window, weight_XDD) if tap == 0 else out.baddbmm_(window, weight_XDD)
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_XTD: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        x_XRD, weight_kXDD = ctx.saved_tensors
+    def backward(ctx: Any, grad_XTD: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        x_XRD, weight_kXDD, position_T = ctx.saved_tensors
         rows, step = grad_XTD.shape[1], ctx.step
         grad_x, grad_weight = torch.zeros_like(x_XRD), torch.empty_like(weight_kXDD)
         for tap, weight_XDD in enumerate(weight_kXDD):
             window = slice(tap * step, tap * step + rows)
-            grad_x[:, window].baddbmm_(grad_XTD, weight_XDD.transpose(1, 2))
-            torch.bmm(x_XRD[:, window].transpose(1, 2), grad_XTD, out=grad_weight[tap])
-        return grad_x, grad_weight, grad_XTD.sum(1, keepdim=True), None
+            grad = _within_document(grad_XTD, len(weight_kXDD) - 1 - tap, position_T)
+            grad_x[:, window].baddbmm_(grad, weight_XDD.transpose(1, 2))
+            torch.bmm(x_XRD[:, window].transpose(1, 2), grad, out=grad_weight[tap])
+        return grad_x, grad_weight, grad_XTD.sum(1, keepdim=True), None, None
 
 
-def causal_taps(x_XRD: Tensor, weight_kXDD: Tensor, bias_X1D: Tensor, step: int) -> Tensor:
+def _within_document(x_XTD: Tensor, distance: int, position_T: Tensor | None) -> Tensor:
+    """Return ``x_XTD`` with zero rows for tokens whose document does not reach ``distance`` tokens back."""
+    if position_T is None or distance == 0:
+        return x_XTD
+    return x_XTD.masked_fill((position_T < distance).unsqueeze(-1), 0)
+
+
+def causal_taps(
+    x_XRD: Tensor, weight_kXDD: Tensor, bias_X1D: Tensor, step: int, position_T: Tensor | None = None
+) -> Tensor:
     """Return out[t] = bias + sum over taps j of x[t + j * step] weight[j], one matrix product per head X and tap.
 
-    The R rows of ``x_XRD`` are ``(taps - 1) * step`` more than those of the result [X, T, D].
+    The R rows of ``x_XRD`` are ``(taps - 1) * step`` more than those of the result [X, T, D]. With ``position_T``,
+    the position of each token in its document, inputs from before the document count as zero.
     """
-    return _CausalTaps.apply(x_XRD, weight_kXDD, bias_X1D, step)
+    return _CausalTaps.apply(x_XRD, weight_kXDD, bias_X1D, step, position_T)
 
 
 class _BlockPairs(Function):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from megatron_zaya.model.recompute import recomputed_when_saved, run_again_later
 from megatron_zaya.model.residual import ResidualScaling
 from megatron_zaya.model.transformer_config import ZayaTransformerConfig
+from megatron_zaya.parallel.sequence import LocalSequence
 
 
 @dataclass
@@ -48,10 +49,19 @@ class ZayaLayer(MegatronModule):
         self.mlp = build_module(submodules.mlp, **parts)
         self.mlp_residual = ResidualScaling(config)
 
-    def forward(self, x_SBH: Tensor, router_state_SBR: Tensor | None, rotary_pos_emb: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the residual stream and the router state after this layer."""
+    def forward(
+        self,
+        x_SBH: Tensor,
+        router_state_SBR: Tensor | None,
+        rotary_pos_emb: Tensor,
+        sequence: LocalSequence | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the residual stream and the router state after this layer.
+
+        ``sequence`` says which tokens these are; None: whole sequences of one document.
+        """
         with self._normed(self.input_layernorm, x_SBH) as normed_SBH:
-            attended = self.self_attention(normed_SBH, rotary_pos_emb)
+            attended = self.self_attention(normed_SBH, rotary_pos_emb, sequence)
         x_SBH = self.attention_residual(attended, x_SBH)
         if self.config.recompute.reruns("moe"):
             mixed, router_state_SBR = run_again_later(self._mix, x_SBH, router_state_SBR)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-from megatron_zaya.model.cca import CausalAttention, CCASubmodules, CompressedConvolutionalAttention
+from megatron_zaya.model.attention import CausalAttention
+from megatron_zaya.model.cca import CCASubmodules, CompressedConvolutionalAttention
 from megatron_zaya.model.layer import ZayaLayer, ZayaLayerSubmodules
 from megatron_zaya.model.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_zaya.model.moe import ZayaMoE

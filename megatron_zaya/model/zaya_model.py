@@ -25,6 +25,7 @@ from megatron_zaya.model.recompute import run_again_later
 from megatron_zaya.model.residual import InputScaling, RMSNorm
 from megatron_zaya.model.sharding import describe_shard, sharded_tensor
 from megatron_zaya.model.transformer_config import ZayaTransformerConfig
+from megatron_zaya.parallel.sequence import LocalSequence
 
 EMBEDDING = "embedding.word_embeddings.weight"
 
@@ -104,20 +105,33 @@ class ZayaModel(LanguageModule):
         x_SBH, router_state_SBR = self.stage_input.split(sizes, dim=-1)
         return x_SBH, router_state_SBR
 
+    def _local_sequence(self, x_SBH: Tensor, cu_seqlens: Tensor | None) -> LocalSequence:
+        rows = x_SBH.shape[0] * (self.tp_group.size() if self.config.sequence_parallel else 1)
+        length = rows * self.cp_group.size()
+        return LocalSequence.of(length, x_SBH.shape[1], self.cp_group, cu_seqlens, x_SBH.device)
+
+    def _angles(self, rotary: RotaryEmbedding, sequence: LocalSequence) -> Tensor:
+        """Return the rotary angles [S, B or 1, 1, rotated width] of the local tokens."""
+        table = rotary(sequence.length, packed_seq=True)  # which leaves the choice of rows to us
+        return table if sequence.is_plain else table[:, 0, 0][sequence.position_SB].unsqueeze(2)
+
     def forward(
         self,
         input_ids: Tensor,
         position_ids: Tensor | None = None,
         attention_mask: None = None,
         labels: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """Run this stage.
 
         Args:
-            input_ids: [B, S] int64.
+            input_ids: [B, S] int64; S counts the tokens of this context-parallel rank.
             position_ids: [B, S]; accepted for Megatron's calling convention, RoPE counts positions itself.
             attention_mask: must be None; attention is causal, or a causal window.
             labels: [B, S] int64, or None.
+            cu_seqlens: integers on the CPU, where documents start in the whole samples laid end to end, and their
+                length: no token then sees another document. None: every sample is one document.
 
         Returns:
             On the last stage the loss of each token [B, S] in fp32 (with labels) or the logits [B, S, vocabulary]
@@ -125,15 +139,14 @@ class ZayaModel(LanguageModule):
         """
         assert attention_mask is None, "ZAYA's masks are causal; none is passed"
         x_SBH, router_state_SBR = self._streams_in(input_ids, position_ids)
-        seq = x_SBH.shape[0] * (self.tp_group.size() if self.config.sequence_parallel else 1)
-        seq *= self.cp_group.size()
-        angles = {False: self.rotary_full(seq), True: self.rotary_sliding(seq)}
+        sequence = self._local_sequence(x_SBH, cu_seqlens)
+        angles = {False: self._angles(self.rotary_full, sequence), True: self._angles(self.rotary_sliding, sequence)}
 
         def run(layers: range, x_SBH: Tensor, router_state_SBR: Tensor | None) -> tuple[Tensor, Tensor | None]:
             for index in layers:
                 layer = self.layers[index]
                 rotary = angles[self.config.is_sliding(layer.layer_number)]
-                x_SBH, router_state_SBR = layer(x_SBH, router_state_SBR, rotary)
+                x_SBH, router_state_SBR = layer(x_SBH, router_state_SBR, rotary, sequence)
             return x_SBH, router_state_SBR
 
         for layers, rerun in self.config.recompute.layer_groups(len(self.layers)):

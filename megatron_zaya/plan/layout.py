@@ -53,13 +53,27 @@ def _not_divided(name: str, value: int, by: int, what: str) -> list[str]:
     return [] if value % by == 0 else [f"{name}={value} is not divided by {what}={by}"]
 
 
+def _context_problems(config: RunConfig) -> list[str]:
+    """Return why the sequence cannot be cut in two chunks per context-parallel rank."""
+    size, length, model = config.parallel.context_parallel_size, config.data.seq_length, config.model
+    if size == 1:
+        return []
+    problems = _not_divided("data.seq_length", length, 2 * size, "2 x context_parallel_size")
+    reach = max(model.cca_time0 + model.cca_time1 - 2, 1)
+    if length // (2 * size) < reach:
+        problems.append(
+            f"data.seq_length={length} in {2 * size} chunks: a chunk must have at least the {reach} tokens that the "
+            "convolutions (cca_time0, cca_time1) and the value look back"
+        )
+    return problems
+
+
 def _split_problems(config: RunConfig) -> list[str]:
     """Return which tensors or sequences cannot be cut as asked."""
     p, m, d = config.parallel, config.model, config.data
     tp, ep, etp = p.tensor_model_parallel_size, p.expert_model_parallel_size, p.expert_tensor_parallel_size
     problems = []
-    if p.context_parallel_size != 1:
-        problems.append("context_parallel_size: context parallelism is not there yet; leave it at 1")
+    problems += _context_problems(config)
     problems += _not_divided("model.num_attention_heads", m.num_attention_heads, tp, "tensor_model_parallel_size")
     if m.num_query_groups % tp and tp % m.num_query_groups:
         problems.append(
@@ -72,7 +86,7 @@ def _split_problems(config: RunConfig) -> list[str]:
             "sequence_parallel must be true with tensor_model_parallel_size > 1: experts see each token once"
         )
     if p.sequence_parallel:
-        problems += _not_divided("data.seq_length", d.seq_length, tp, "tensor_model_parallel_size")
+        problems += _not_divided("data.seq_length", d.seq_length, tp * p.context_parallel_size, "tensor x context")
     problems += _not_divided("model.num_moe_experts", m.num_moe_experts, ep, "expert_model_parallel_size")
     problems += _not_divided("model.moe_ffn_hidden_size", m.moe_ffn_hidden_size, etp, "expert_tensor_parallel_size")
     if config.optimizer.optimizer == "muon" and not p.use_distributed_optimizer:

@@ -14,7 +14,8 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_zaya.data.sampler import evaluation_batches
+from megatron_zaya.data.sampler import document_boundaries, evaluation_batches
+from megatron_zaya.parallel.sequence import split_zigzag
 from megatron_zaya.train.errors import TrainingError
 from megatron_zaya.train.state import TrainingJob
 
@@ -39,10 +40,24 @@ def _token_loss(loss_mask_BS: Tensor, loss_BS: Tensor) -> tuple[Tensor, Tensor, 
     return total, tokens.int(), {"lm loss": torch.stack([total.detach().double(), tokens.double()])}
 
 
-def forward_step(data: Iterator[dict[str, Tensor]], model: torch.nn.Module, device: torch.device):
+def read_batch(data: Iterator[dict[str, Tensor]], job: TrainingJob) -> dict[str, Tensor | None]:
+    """Return this rank's part of the next micro-batch [B, S], and where its documents start if they are kept apart.
+
+    Every context-parallel rank reads whole samples, and keeps its chunks of them.
+    """
+    batch, group = next(data), job.pg_collection.cp
+    boundaries = document_boundaries(batch["position_ids"]) if job.config.data.reset_attention_mask else None
+    parts: dict[str, Tensor | None] = {"cu_seqlens": boundaries}
+    for name in ("tokens", "labels", "loss_mask", "position_ids"):
+        part = split_zigzag(batch[name], 1, group.rank(), group.size())
+        parts[name] = part.to(job.device, non_blocking=True)
+    return parts
+
+
+def forward_step(data: Iterator[dict[str, Tensor]], model: torch.nn.Module, job: TrainingJob):
     """Megatron-Core's forward step: the output of one micro-batch, and the function that makes it a loss."""
-    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(data).items()}
-    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    batch = read_batch(data, job)
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], cu_seqlens=batch["cu_seqlens"])
     return output, partial(_token_loss, batch["loss_mask"])
 
 
@@ -50,7 +65,7 @@ def _run_schedule(job: TrainingJob, data: list[Iterator], num_microbatches: int,
     """Run all micro-batches; return [loss sum, tokens] of this rank in fp64 (zero unless on the last stage)."""
     interleaved = len(job.model) > 1
     losses = get_forward_backward_func()(
-        forward_step_func=partial(forward_step, device=job.device),
+        forward_step_func=partial(forward_step, job=job),
         data_iterator=data if interleaved else data[0],
         model=job.model if interleaved else job.model[0],
         num_microbatches=num_microbatches,

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 TP4 = {"tensor_model_parallel_size": 4, "sequence_parallel": True}
+CP2 = {"context_parallel_size": 2}
+CP4 = {"context_parallel_size": 4}
+RING = {"cp_comm_type": "p2p"}
 PP2 = {"pipeline_model_parallel_size": 2}
 INTERLEAVED = PP2 | {"virtual_pipeline_model_parallel_size": 2}
 EP2 = {"expert_model_parallel_size": 2}
@@ -29,4 +32,13 @@ LAYOUTS: dict[str, tuple[int, dict]] = {
     "tp2_pp2_recompute_full": (4, TP2 | PP2 | RECOMPUTE_FULL),
     "tp2_ep2_recompute_parts": (2, TP2 | EP2 | RECOMPUTE_PARTS),
     "tp4_on_two_kv_heads": (4, TP4),
+    "cp2": (2, CP2),
+    "cp2_ring": (2, CP2 | RING),
+    "cp4": (4, CP4),
+    "cp4_ring": (4, CP4 | RING),
+    "cp2_tp2": (4, CP2 | TP2),
+    "cp2_ring_ep2": (2, CP2 | RING | EP2),
+    "cp2_pp2": (4, CP2 | PP2),
+    "cp2_ring_pp2_interleaved": (4, CP2 | RING | INTERLEAVED),
+    "cp2_dp2": (4, CP2),
 }

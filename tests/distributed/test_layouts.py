@@ -10,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from megatron_zaya.config import load_config
+from megatron_zaya.parallel.sequence import merge_zigzag
 from tests.distributed.layouts import LAYOUTS
 from tests.ranks import run_ranks
 from tests.train.conftest import run_file as make_run_file
@@ -80,11 +82,12 @@ def largest_micro_batch(world: int, parallel: dict) -> int:
     return max(size for size in (1, 2) if GLOBAL_BATCH // (world // split) // size % enough == 0)
 
 
-def logits_of(job) -> list[tuple[int, int, np.ndarray]]:
-    """Return (sample, tensor-parallel rank, logits) of every micro-batch, on the last stage."""
+def logits_of(job) -> list[tuple[int, int, int, np.ndarray]]:
+    """Return (sample, tensor- and context-parallel rank, logits) of every micro-batch, on the last stage."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from megatron_zaya.data.sampler import evaluation_batches
+    from megatron_zaya.train.step import read_batch
 
     groups = job.pg_collection
     micro_batch = job.config.schedule.micro_batch_size
@@ -93,8 +96,9 @@ def logits_of(job) -> list[tuple[int, int, np.ndarray]]:
     ]
 
     def forward(data, model):
-        batch = next(data)
-        return model(batch["tokens"], batch["position_ids"], None), lambda logits, non_loss_data: logits
+        batch = read_batch(data, job)
+        logits = model(batch["tokens"], batch["position_ids"], None, cu_seqlens=batch["cu_seqlens"])
+        return logits, lambda logits, non_loss_data: logits
 
     for chunk in job.model:
         chunk.eval()
@@ -115,7 +119,7 @@ def logits_of(job) -> list[tuple[int, int, np.ndarray]]:
     # Micro-step i reads one micro-batch for each data-parallel rank in turn.
     first = [(i * groups.dp.size() + groups.dp.rank()) * micro_batch for i in range(len(out))]
     samples = [(i + j, sample) for i, logits in zip(first, out, strict=True) for j, sample in enumerate(logits)]
-    return [(sample, groups.tp.rank(), logits.detach().numpy()) for sample, logits in samples]
+    return [(sample, groups.tp.rank(), groups.cp.rank(), logits.detach().numpy()) for sample, logits in samples]
 
 
 def gradients_of(job) -> dict[str, tuple]:
@@ -163,11 +167,16 @@ def assemble_shards(ranks: list[list]) -> dict[str, np.ndarray]:
 
 
 def assemble_logits(ranks: list[list]) -> dict[int, np.ndarray]:
-    parts: dict[int, dict[int, np.ndarray]] = {}
+    """Put the vocabulary (tensor parallel) and the sequence (context parallel) of each sample together."""
+    parts: dict[int, dict[int, dict[int, np.ndarray]]] = {}
     for shards in ranks:
-        for sample, tp_rank, logits in shards:
-            parts.setdefault(sample, {})[tp_rank] = logits
-    return {sample: np.concatenate([p[r] for r in sorted(p)], axis=-1) for sample, p in parts.items()}
+        for sample, tp_rank, cp_rank, logits in shards:
+            parts.setdefault(sample, {}).setdefault(cp_rank, {})[tp_rank] = logits
+    whole = {}
+    for sample, by_rank in parts.items():
+        rows = [np.concatenate([p[r] for r in sorted(p)], axis=-1) for _, p in sorted(by_rank.items())]
+        whole[sample] = merge_zigzag([torch.from_numpy(part) for part in rows], dim=0).numpy()
+    return whole
 
 
 def assert_close(ours: np.ndarray, theirs: np.ndarray, what: str) -> None:
