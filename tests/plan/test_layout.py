@@ -38,6 +38,7 @@ def layouts(draw):
     parallel = dict(
         tensor_model_parallel_size=tp,
         sequence_parallel=tp > 1,
+        context_parallel_size=draw(SIZES),
         pipeline_model_parallel_size=draw(SIZES),
         expert_model_parallel_size=draw(SIZES),
         expert_tensor_parallel_size=draw(st.sampled_from([1, tp])),
