@@ -20,8 +20,8 @@ $(SETUP_STAMP): setup.py constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	@touch $@
 
-smoke: setup  ## prepare text, train, kill, resume, compare: the whole system in minutes
-	$(BIN)/python tools/smoke.py
+smoke: setup  ## prepare text, train, kill, resume, compare: the whole system in minutes (LAYOUT=tp2, ep2, pp2, cp2)
+	$(BIN)/python tools/smoke.py $(LAYOUT)
 
 check: setup  ## format, lint, types, import contracts, shell scripts, spelling
 	$(BIN)/ruff format --check --quiet $(SOURCES)

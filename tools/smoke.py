@@ -1,16 +1,19 @@
-"""`make smoke`: the whole system on two CPU ranks, in a few minutes, judged by what it wrote.
+"""`make smoke [LAYOUT=tp2]`: the whole system on a few CPU ranks, in minutes, judged by what it wrote.
 
     prepare real text -> train uninterrupted -> train again, kill every process after a checkpoint, resume -> compare
 
+A layout is a product of parallel sizes: dp2 (when none is named), tp2, ep2, pp2, cp2, or several, as tp2xpp2.
 Passes when the loss fell by 35 % and every step after the resume equals the uninterrupted run's, bit for bit.
 """
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -19,7 +22,7 @@ from megatron_zaya.config import load_config
 from megatron_zaya.telemetry.jsonl import read_events, steps_by_iteration
 
 RUN_FILE = Path("configs/smoke_cpu.yaml")
-RANKS = 2
+DEFAULT_LAYOUT = "dp2"
 LEAST_FALL = 0.35
 KILL_AFTER_STEPS = 3
 
@@ -29,9 +32,38 @@ def zaya(*arguments: str) -> list[str]:
     return [sys.executable, "-c", "from launch.cli import main; main()", *arguments]
 
 
-def train_command(name: str) -> list[str]:
+@dataclass(frozen=True)
+class Layout:
+    """How the run is spread over ranks."""
+
+    name: str
+    ranks: int
+    overrides: tuple[str, ...]
+
+
+def parse_layout(name: str) -> Layout:
+    """Read "tp2xep2"; expert parallelism takes its ranks from the others, and from data parallelism what lacks."""
+    sizes = dict.fromkeys(("tp", "pp", "cp", "ep", "dp"), 1)
+    for part in name.split("x"):
+        match = re.fullmatch(r"(tp|pp|cp|ep|dp)([1-9]\d*)", part)
+        if match is None:
+            raise SystemExit(f"smoke: {part!r} in LAYOUT={name} is no layout; tp2, pp2, cp2, ep2, dp2 or e.g. tp2xep2")
+        sizes[match[1]] = int(match[2])
+    tp, pp, cp, ep, dp = sizes.values()
+    dp *= max(1, ep // (tp * cp * dp))
+    fields = {
+        "tensor_model_parallel_size": tp,
+        "sequence_parallel": str(tp > 1).lower(),
+        "pipeline_model_parallel_size": pp,
+        "context_parallel_size": cp,
+        "expert_model_parallel_size": ep,
+    }
+    return Layout(name, tp * pp * cp * dp, tuple(f"parallel.{key}={value}" for key, value in fields.items()))
+
+
+def train_command(run: str, layout: Layout) -> list[str]:
     """Return the command line of one training run."""
-    return zaya("train", str(RUN_FILE), f"run.name={name}", "--nproc", str(RANKS))
+    return zaya("train", str(RUN_FILE), f"run.name={run}", *layout.overrides, "--nproc", str(layout.ranks))
 
 
 def kill_tree(process: subprocess.Popen) -> None:
@@ -44,9 +76,9 @@ def kill_tree(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def run_and_kill(name: str, metrics: Path, after: int) -> int:
+def run_and_kill(command: list[str], metrics: Path, after: int) -> int:
     """Start a run, kill it once it has done ``after`` iterations; return the last iteration it reported."""
-    process = subprocess.Popen(train_command(name))
+    process = subprocess.Popen(command)
     while process.poll() is None:
         done = max(steps_by_iteration(metrics), default=0) if metrics.exists() else 0
         if done >= after:
@@ -61,25 +93,27 @@ def say(text: str) -> None:
     print(f"smoke: {text}", flush=True)
 
 
-def main() -> int:
-    """Run everything; return the exit status."""
+def main(arguments: list[str]) -> int:
+    """Run everything in the layout that is named, if any; return the exit status."""
     start = time.monotonic()
+    layout = parse_layout(arguments[0] if arguments else DEFAULT_LAYOUT)
     config = load_config(RUN_FILE)
     data = Path(config.data.data_path[0])
     if not data.with_suffix(".idx").exists():
         subprocess.run(zaya("data", "prepare", "python-stdlib", "--output", str(data)), check=True)
 
-    whole = load_config(RUN_FILE, ["run.name=smoke"]).run_dir
-    broken = load_config(RUN_FILE, ["run.name=smoke_interrupted"]).run_dir
+    name = "smoke" if layout.name == DEFAULT_LAYOUT else f"smoke_{layout.name}"
+    interrupted = f"{name}_interrupted"
+    whole, broken = (load_config(RUN_FILE, [f"run.name={run}"]).run_dir for run in (name, interrupted))
     for folder in (whole, broken):
         shutil.rmtree(folder, ignore_errors=True)
-    say("1. an uninterrupted run")
-    subprocess.run(train_command("smoke"), check=True)
+    say(f"1. an uninterrupted run, layout {layout.name} on {layout.ranks} ranks")
+    subprocess.run(train_command(name, layout), check=True)
     say("2. the same run, killed after a checkpoint")
     saved = config.checkpoint.save_interval
-    killed_at = run_and_kill("smoke_interrupted", broken / "metrics.jsonl", saved + KILL_AFTER_STEPS)
+    killed_at = run_and_kill(train_command(interrupted, layout), broken / "metrics.jsonl", saved + KILL_AFTER_STEPS)
     say(f"   every process killed after iteration {killed_at}; 3. the same command again")
-    subprocess.run(train_command("smoke_interrupted"), check=True)
+    subprocess.run(train_command(interrupted, layout), check=True)
 
     steps = steps_by_iteration(whole / "metrics.jsonl")
     resumed = steps_by_iteration(broken / "metrics.jsonl")
@@ -105,4 +139,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
