@@ -42,3 +42,6 @@ LAYOUTS: dict[str, tuple[int, dict]] = {
     "cp2_ring_pp2_interleaved": (4, CP2 | RING | INTERLEAVED),
     "cp2_dp2": (4, CP2),
 }
+
+SAVED = ["tp4_on_two_kv_heads", "cp2_tp2"]
+"""Layouts whose checkpoint one rank resumes from; the others are covered with the checkpoints themselves."""

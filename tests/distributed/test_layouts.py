@@ -15,7 +15,7 @@ import yaml
 
 from megatron_zaya.config import load_config
 from megatron_zaya.parallel.sequence import merge_zigzag
-from tests.distributed.layouts import LAYOUTS
+from tests.distributed.layouts import LAYOUTS, SAVED
 from tests.ranks import run_ranks
 from tests.train.conftest import run_file as make_run_file
 from tests.train.conftest import text_prefix  # noqa: F401 (fixture)
@@ -51,8 +51,9 @@ def measure(run_file: Path, layouts: dict[str, dict], start: Path) -> dict[str, 
             began = time.perf_counter()
             job = build_job(load_config(run_file, overrides), env, device)
             result["curve"] = curve_of(job)
-            result["weights"] = weights_of(job)
             result["seconds"] = time.perf_counter() - began
+            if name in ("one", *SAVED):
+                save(job)
             release_process_groups()
             results[name] = result
     return results
@@ -60,18 +61,44 @@ def measure(run_file: Path, layouts: dict[str, dict], start: Path) -> dict[str, 
 
 def make_start(run_file: Path, env, device) -> None:
     """Train two steps on this one rank and save: the global checkpoint that every layout starts from."""
-    from ckpt.mcore import Checkpointer
     from megatron_zaya.parallel.groups import release_process_groups
-    from megatron_zaya.train.checkpoint import save_job
     from megatron_zaya.train.setup import build_job
     from megatron_zaya.train.step import train_step
 
-    config = load_config(run_file, ["run.name=start"])
-    job = build_job(config, env, device)
+    job = build_job(load_config(run_file, ["run.name=start"]), env, device)
     for _ in range(2):
         train_step(job)
-    save_job(Checkpointer(config.checkpoint_dir), job)
+    save(job)
     release_process_groups()
+
+
+def save(job) -> None:
+    from ckpt.checkpointer import Checkpointer
+    from megatron_zaya.train.checkpoint import save_job
+
+    checkpointer = Checkpointer(job.config.checkpoint_dir)
+    save_job(checkpointer, job)
+    checkpointer.wait()
+    checkpointer.close()
+
+
+def resume(run_file: Path, names: list[str]) -> dict[str, float]:
+    """Run on one rank: load what each layout saved after its curve; return the loss of the next step."""
+    from launch.env import read_rank_env
+    from megatron_zaya.parallel.groups import release_process_groups
+    from megatron_zaya.train.setup import build_job, distributed_world
+    from megatron_zaya.train.step import train_step
+
+    env = read_rank_env()
+    losses = {}
+    with distributed_world(load_config(run_file), env) as device:
+        for name in names:
+            folder = load_config(run_file, [f"run.name={name}"]).run_dir
+            job = build_job(load_config(run_file, ["run.name=resumed", f"checkpoint.load={folder}"]), env, device)
+            assert job.state.iteration == STEPS
+            losses[name] = train_step(job).loss
+            release_process_groups()
+    return losses
 
 
 def largest_micro_batch(world: int, parallel: dict) -> int:
@@ -136,12 +163,6 @@ def gradients_of(job) -> dict[str, tuple]:
             tensor = described[name]
             shards.append((tensor.key, tensor.global_shape, tensor.global_offset, parameter.main_grad.numpy().copy()))
     return shards
-
-
-def weights_of(job) -> list[tuple]:
-    """Return for each parameter of this rank: name, global shape, offset of its shard, value."""
-    described = [tensor for chunk in job.model for tensor in chunk.module.sharded_state_dict().values()]
-    return [(t.key, t.global_shape, t.global_offset, t.data.detach().numpy().copy()) for t in described]
 
 
 def curve_of(job) -> list[tuple[float, float, float]]:
@@ -214,11 +235,13 @@ def measured(request, tmp_path_factory, text_prefix):  # noqa: F811
         for name in layouts:
             print(f"{name}: {ranks[0][name]['seconds']:.1f} s")
             results[name] = {
-                "weights": assemble_shards([rank[name]["weights"] for rank in ranks]),
                 "gradients": assemble_shards([rank[name]["gradients"] for rank in ranks]),
                 "logits": assemble_logits([rank[name]["logits"] for rank in ranks]),
                 "curve": ranks[0][name]["curve"],
             }
+    saved = ["one", *sorted(selected & set(SAVED))]
+    for name, loss in run_ranks(resume, 1, path, saved)[0].items():
+        results[name]["loss after resuming on one rank"] = loss
     return results
 
 
@@ -243,6 +266,12 @@ def test_the_loss_curve_equals_those_of_one_rank(measured, layout):
     ours, one = np.array(measured[layout]["curve"]), np.array(measured["one"]["curve"])
     np.testing.assert_allclose(ours[:, 0], one[:, 0], rtol=TOLERANCE)
     np.testing.assert_allclose(ours[:, 1], one[:, 1], rtol=10 * TOLERANCE)
+
+
+@pytest.mark.parametrize("layout", SAVED)
+def test_one_rank_resumes_what_a_layout_saved(measured, layout):
+    ours, one = (measured[name]["loss after resuming on one rank"] for name in (layout, "one"))
+    assert ours == pytest.approx(one, rel=TOLERANCE)
 
 
 def test_the_reference_exercises_several_experts(measured):
