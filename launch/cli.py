@@ -25,9 +25,11 @@ USER_ERRORS = (ConfigError, DataError, CheckpointError, LaunchError, TopologyErr
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 config_app = typer.Typer(no_args_is_help=True, help="Run files: schema, resolved values.")
 data_app = typer.Typer(no_args_is_help=True, help="Tokenised text.")
+optimizer_app = typer.Typer(no_args_is_help=True, help="What trains which parameter.")
 app.command()(job_cli.submit)
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
+app.add_typer(optimizer_app, name="optimizer")
 app.add_typer(topology_app, name="topology")
 
 RunFile = Annotated[Path, typer.Argument(help="Run file (YAML).")]
@@ -72,6 +74,18 @@ def config_schema() -> None:
 def config_show(run_file: RunFile, overrides: Overrides = None) -> None:
     """Print the resolved run file: every default and override filled in."""
     print(dump_config(load_config(run_file, overrides or ())), end="")
+
+
+@optimizer_app.command("table")
+def optimizer_table(run_file: RunFile, overrides: Overrides = None) -> None:
+    """Print each parameter of the run's model: its shape, its optimizer, and why. Builds no weights."""
+    config = load_config(run_file, overrides or ())
+    from megatron_zaya.compat import quiet_megatron
+
+    quiet_megatron()
+    from megatron_zaya.optim import table
+
+    print(table.text(table.optimizer_table(config)), end="")
 
 
 @data_app.command("prepare")

@@ -78,21 +78,26 @@ def _groups(rules: dict[Tensor, Rule], section: OptimizerSection, expert: bool) 
 
 
 def _grid(tp_group: ProcessGroup, dp_group: ProcessGroup) -> Grid:
-    """Return the grid of the tensor-parallel and data-parallel ranks around this rank. Collective over the world."""
-    tp_size, dp_size = tp_group.size(), dp_group.size()
-    rank = tp_group.rank() * dp_size + dp_group.rank()
-    columns: list[Any] = [None] * tp_size
-    torch.distributed.all_gather_object(columns, torch.distributed.get_process_group_ranks(dp_group), group=tp_group)
-    ranks = [r for column in columns for r in column]  # global ranks in the order t * D + d
-    if tp_size == 1:
-        group = dp_group
-    else:
-        grids: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(grids, tuple(sorted(ranks)))
-        groups = {members: parallel_state.create_group(list(members)) for members in sorted(set(grids))}
-        group = groups[tuple(sorted(ranks))]
-    positions = {r: i for i, r in enumerate(torch.distributed.get_process_group_ranks(group))}
-    return Grid(group, tuple(positions[r] for r in ranks), tp_size, dp_size, rank)
+    """Return the grid of the tensor-parallel and data-parallel ranks around this rank. Collective over the world.
+
+    Megatron-Core numbers ranks by position in a box of all kinds of parallelism, so the grids of a world are shifted
+    copies of one another.
+    """
+    tp_ranks, dp_ranks = (torch.distributed.get_process_group_ranks(group) for group in (tp_group, dp_group))
+    rank = tp_group.rank() * len(dp_ranks) + dp_group.rank()
+    here = torch.distributed.get_rank()
+    ranks = [t + d - here for t in tp_ranks for d in dp_ranks]  # global ranks in the order t * D + d
+    group = dp_group
+    if len(tp_ranks) > 1:
+        group, offsets, seen = None, [r - min(ranks) for r in ranks], set()
+        for first in range(torch.distributed.get_world_size()):
+            members = sorted(first + offset for offset in offsets)
+            if first not in seen:
+                seen.update(members)
+                made = parallel_state.create_group(members)
+                group = made if here in members else group
+    positions = {r: i for i, r in enumerate(sorted(ranks))}
+    return Grid(group, tuple(positions[r] for r in ranks), len(tp_ranks), len(dp_ranks), rank)
 
 
 def _part(

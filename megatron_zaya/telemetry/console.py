@@ -41,7 +41,7 @@ def plain_line(event: Event) -> str:
             return (
                 f" training: iterations {event.iteration} to {event.train_iters} on {event.world_size} ranks "
                 f"(data parallel {event.data_parallel_size}), {event.parameters:,} parameters, "
-                f"{event.parameters_active:,} active per token; {origin}"
+                f"{event.parameters_active:,} active per token; {origin}\n optimizer: {event.optimizer}"
             )
         case StepDone():
             return step_line(event)

@@ -26,6 +26,8 @@ class RunStarted:
     parameters_active: int
     """Parameters that one token passes, the embedding not counted."""
     resumed_from: str | None = None
+    optimizer: str = ""
+    """What goes where, in one line; the run folder's optimizer.txt has every parameter."""
 
 
 @dataclass(frozen=True)

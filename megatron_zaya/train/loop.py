@@ -50,6 +50,7 @@ def train(job: TrainingJob, callbacks: Sequence[Callback]) -> str:
             parameters=total,
             parameters_active=active,
             resumed_from=job.resumed_from,
+            optimizer=job.optimizer_summary,
         )
     )
     reason = "finished"

@@ -26,8 +26,9 @@ from megatron_zaya.data.sampler import ResumableSampler, build_dataloader
 from megatron_zaya.model.init import initialise
 from megatron_zaya.model.sharding import reduce_replica_gradients
 from megatron_zaya.model.specs import zaya_layer_spec
-from megatron_zaya.model.transformer_config import ZayaTransformerConfig, zaya_transformer_config
+from megatron_zaya.model.transformer_config import zaya_transformer_config
 from megatron_zaya.model.zaya_model import EMBEDDING, ZayaModel
+from megatron_zaya.optim import table
 from megatron_zaya.optim.balancing import BiasBalancer
 from megatron_zaya.optim.build import build_optimizer, build_scheduler
 from megatron_zaya.parallel.groups import build_process_groups, release_process_groups
@@ -76,10 +77,10 @@ def distributed_world(config: RunConfig, env: RankContext) -> Iterator[torch.dev
         torch.distributed.destroy_process_group()
 
 
-def _build_stages(
-    config: RunConfig, transformer: ZayaTransformerConfig, pg_collection: ProcessGroupCollection
-) -> list[ZayaModel]:
+def build_stages(config: RunConfig, pg_collection: ProcessGroupCollection) -> list[ZayaModel]:
     """Return the pipeline stages of this rank, uninitialised, in the order a token passes them."""
+    transformer = zaya_transformer_config(config)
+    transformer.calculate_per_token_loss = True
     stages = pipeline_stages(config)
     size, rank = pg_collection.pp.size(), pg_collection.pp.rank()
     interleaved = config.parallel.virtual_pipeline_model_parallel_size is not None
@@ -111,11 +112,11 @@ def build_model(
     config: RunConfig, pg_collection: ProcessGroupCollection, device: torch.device
 ) -> list[DistributedDataParallel]:
     """Return the initialised stages of this rank, each wrapped in Megatron-Core's DistributedDataParallel."""
-    transformer = zaya_transformer_config(config)
-    transformer.calculate_per_token_loss = True
     parallel = config.parallel
+    stages = build_stages(config, pg_collection)
+    transformer = stages[0].config
     chunks = []
-    for index, stage in enumerate(_build_stages(config, transformer, pg_collection)):
+    for index, stage in enumerate(stages):
         initialise(stage.to(device), transformer, config.run.seed)
         ddp_config = DistributedDataParallelConfig(
             use_distributed_optimizer=parallel.use_distributed_optimizer,
@@ -152,18 +153,10 @@ def _build_data(config: RunConfig, env: RankContext) -> Datasets:
     )
 
 
-def _count_parameters(
-    config: RunConfig, pg_collection: ProcessGroupCollection, model: list[DistributedDataParallel]
-) -> tuple[int, int]:
+def _count_parameters(config: RunConfig, rows: list[table.Row]) -> tuple[int, int]:
     """Return the sizes of the whole model: all parameters, and those a token passes without the embedding."""
-    described = [tensor for chunk in model for tensor in chunk.module.sharded_state_dict().values()]
-    # The second copy of a tied embedding carries a 1 in its replica number.
-    own = [t for t in described if t.data.requires_grad and t.replica_id[0] == 0]
-    sizes = {tensor.key: torch.Size(tensor.global_shape).numel() for tensor in own}
-    experts = sum(size for name, size in sizes.items() if ".mlp.experts." in name)
-    sums = torch.tensor([sum(sizes.values()), experts, sizes.get(EMBEDDING, 0)], device=own[0].data.device)
-    torch.distributed.all_reduce(sums, group=pg_collection.pp)
-    total, experts, embedding = sums.tolist()
+    total, experts = sum(row.numel for row in rows), sum(row.numel for row in rows if row.is_expert)
+    embedding = sum(row.numel for row in rows if row.name == EMBEDDING)
     return total, total - embedding - experts + experts // config.model.num_moe_experts
 
 
@@ -248,7 +241,8 @@ def build_job(config: RunConfig, env: RankContext, device: torch.device) -> Trai
     datasets = _build_data(config, env)
     job.valid_dataset = datasets.valid
     job.state.data_fingerprint = order_fingerprint(datasets.train)
-    job.parameters = _count_parameters(config, pg_collection, model)
+    rows = table.rows_of(model, config.optimizer.optimizer, pg_collection.pp)
+    job.parameters, job.optimizer_summary = _count_parameters(config, rows), table.summary(rows)
     start = checkpoint_to_load(config)
     if start is not None:
         report = load_job(job, *start)
@@ -265,5 +259,7 @@ def build_job(config: RunConfig, env: RankContext, device: torch.device) -> Trai
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, lambda received, frame: setattr(job, "stop_signal", received))
     job.events = _build_events(config, env)
+    if env.rank == 0:
+        (config.run_dir / "optimizer.txt").write_text(table.text(rows), encoding="utf-8")
     job.heartbeat.beat("first step", job.state.iteration)
     return job

@@ -59,6 +59,8 @@ class TrainingJob:
     busy: BusyTimer = field(default_factory=lambda: BusyTimer(torch.device("cpu")))
     parameters: tuple[int, int] = field(default=(0, 0))
     """Parameters of the whole model: all, and active per token without the embedding."""
+    optimizer_summary: str = ""
+    """What goes to which optimizer, in one line."""
 
     @property
     def data_parallel_size(self) -> int:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from megatron_zaya.optim.rules import RULES, rule_for
@@ -41,3 +45,16 @@ def test_every_rule_is_needed(parameters):
 def test_an_unknown_parameter_is_an_error():
     with pytest.raises(LookupError, match=r"layers.0.mystery.*rules.py"):
         rule_for("layers.0.mystery", "muon")
+
+
+def test_the_table_has_every_parameter_once_and_counts_the_released_model():
+    """8.84 B parameters; 48 expert matrices and 9 others in each of 40 layers."""
+    script = "import sys; from launch.cli import main; main()"
+    run_file = Path(__file__).resolve().parents[2] / "configs" / "zaya1_8b.yaml"
+    command = [sys.executable, "-c", script, "optimizer", "table", str(run_file), "optimizer.optimizer=muon"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "Muon: 8,289,167,360 elements in 2,280 matrices; AdamW: 551,321,424 elements" in done.stdout
+    fc1 = next(line for line in done.stdout.splitlines() if "linear_fc1" in line)
+    assert fc1.split()[:3] == ["40", "x", "layers.*.mlp.experts.linear_fc1"]
+    assert "16 x 2 x 2048 x 2048" in fc1 and "40 x 32" in fc1 and "gate and up apart" in fc1
