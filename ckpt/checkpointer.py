@@ -84,6 +84,8 @@ class Checkpointer:
         self._session: str | None = None
         self._number = 0
         self._saves: dict[int, Save] = {}
+        self._orders: dict[int, dict[str, Any]] = {}
+        """By number: what was ordered and is not yet on the disk."""
 
     # ------------------------------------------------------------------ saving
 
@@ -119,13 +121,13 @@ class Checkpointer:
         save = Save(iteration, plan.size, commits=self.rank == 0)
         try:
             save.waited_s = self._make_room()
+            self._saves[self._number], self._orders[self._number] = save, order
             writer = self._writer_for(plan.size)
-            self._saves[self._number] = save
             self._send(writer, order, plan)
             header = plan.header(iteration, order["save_id"])
             stage(shards, plan, header, Ring(writer.arena, self._wait_until_written, self._pinned))
         except CheckpointError as error:
-            self._fail(self._number, save, str(error), order)
+            self._fail(self._number, save, str(error))
         save.stall_s = time.monotonic() - start
         return save
 
@@ -278,6 +280,7 @@ class Checkpointer:
             save = self._saves.get(event["number"])
             if save is None:
                 continue
+            self._orders.pop(event["number"], None)
             if event["error"] is not None:
                 save.error = save.error or event["error"]
             elif event["event"] == "part":
@@ -306,20 +309,27 @@ class Checkpointer:
                 save.error = reason
         if writer is not None:
             writer.close(timeout_s=0.0)
+        self._report_failures(reason)
 
-    def _fail(self, number: int, save: Save, reason: str, order: dict[str, Any]) -> None:
-        """Record that a save could not even be staged, and tell the committing rank."""
+    def _fail(self, number: int, save: Save, reason: str) -> None:
+        """Record that a save could not be staged."""
         save.error = save.error or reason
         self._saves[number] = save
-        if self._writer is not None:
-            self._writer.arena.abort()  # the writer stops waiting, and reports the failure itself
-            return
+        if self._writer is not None and self._writer.exit_status is None:
+            self._writer.arena.abort()  # it stops waiting, and reports the failure itself
+        else:
+            self._report_failures(save.error)
+
+    def _report_failures(self, reason: str) -> None:
+        """Let the committing rank know at once that parts of this rank will never come, through a fresh writer."""
+        orders, self._orders = list(self._orders.values()), {}
         try:
-            reporter = Writer(_FAILING_CAPACITY, self.storage, self.storage_options)
-            reporter.send(order | {"op": "fail", "error": reason})
-            reporter.close(timeout_s=0.0)
-        except CheckpointError:
-            logger.warning("rank %d: the failure of the save could not be reported to the other ranks", self.rank)
+            for order in orders:
+                reporter = Writer(_FAILING_CAPACITY, self.storage, self.storage_options)
+                reporter.send(order | {"op": "fail", "error": reason})
+                reporter.close(timeout_s=0.0)
+        except CheckpointError as error:
+            logger.warning("rank %d: other ranks could not be told that a save failed: %s", self.rank, error)
 
     # ------------------------------------------------------------------ loading
 

@@ -8,28 +8,14 @@ list of contiguous copies. This is all that resharding needs.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ckpt.region import Region
+
 Indices = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Region:
-    """Elements [start, stop) of the box at ``offset`` with ``shape``, counted in row-major order of the box."""
-
-    offset: tuple[int, ...]
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return self.stop - self.start
 
 
 class Copies(NamedTuple):

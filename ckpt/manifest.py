@@ -17,7 +17,7 @@ from typing import Any
 import xxhash
 
 from ckpt.errors import CorruptCheckpointError
-from ckpt.geometry import Region
+from ckpt.region import Region
 
 FORMAT, VERSION = "zaya-ckpt", 1
 MANIFEST = "manifest.json"

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import xxhash
 
 from ckpt.errors import CheckpointError
-from ckpt.geometry import Region
 from ckpt.manifest import ITEM_BYTES, Piece, TensorInfo
+from ckpt.region import Region
 from ckpt.storage import ALIGNMENT
 
 LEAST_PIECE = 1 << 20

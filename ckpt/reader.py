@@ -21,8 +21,9 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from ckpt.errors import CheckpointError, CorruptCheckpointError
-from ckpt.geometry import Copies, Region, overlap
+from ckpt.geometry import Copies, overlap
 from ckpt.manifest import FileInfo, Manifest, TensorInfo, digest
+from ckpt.region import Region
 from ckpt.storage import ALIGNMENT
 
 THREADS = 3

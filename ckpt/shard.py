@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ckpt.geometry import Region
+from ckpt.region import Region
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,7 +11,6 @@ import ctypes
 import errno
 import importlib
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -81,7 +80,9 @@ class PosixStorage:
     def make_folder(self, path: Path) -> None:
         """Create a folder and its parents; it may be there already."""
         if not path.is_dir():
-            self.call("mkdir", lambda: path.mkdir(parents=True, exist_ok=True))
+            self.make_folder(path.parent)
+            with contextlib.suppress(FileExistsError):
+                self.call("mkdir", os.mkdir, path)
 
     def create(self, path: Path, size: int) -> int:
         """Create a file with room for ``size`` bytes, or fail before a byte is written."""
@@ -156,7 +157,13 @@ class PosixStorage:
 
     def remove_tree(self, path: Path) -> None:
         """Remove a folder with all that it holds, as far as possible."""
-        self.call("rmtree", lambda: shutil.rmtree(path, ignore_errors=True))
+        with contextlib.suppress(OSError):
+            for entry in list(os.scandir(path)):
+                if entry.is_dir(follow_symlinks=False):
+                    self.remove_tree(Path(entry.path))
+                else:
+                    self.unlink(Path(entry.path))
+            self.call("rmdir", os.rmdir, path)
 
     def names(self, path: Path) -> list[str]:
         """Return the entries of a folder, sorted; none if it is not there."""

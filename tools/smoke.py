@@ -81,7 +81,7 @@ def run_and_kill(command: list[str], metrics: Path, after: int) -> int:
     process = subprocess.Popen(command)
     while process.poll() is None:
         done = max(steps_by_iteration(metrics), default=0) if metrics.exists() else 0
-        if done >= after:
+        if done >= after and read_events(metrics, "Saved"):
             kill_tree(process)
             return max(steps_by_iteration(metrics))
         time.sleep(0.05)

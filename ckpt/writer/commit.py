@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from ckpt.errors import CheckpointError, CorruptCheckpointError
-from ckpt.geometry import Region, tiling_error
 from ckpt.manifest import FORMAT, MANIFEST, VERSION, Manifest, manifest_bytes, parse_manifest, unseal
+from ckpt.region import Region
 from ckpt.retention import Retention, prune
 from ckpt.steps import LATEST, PARTIAL, is_leftover, old_dir, step_dir
 from ckpt.storage import Storage
@@ -131,6 +131,8 @@ def check_complete(manifest: Manifest) -> None:
     Raises:
         CheckpointError: they do not; names the tensor.
     """
+    from ckpt.geometry import tiling_error  # numpy: only where a commit is made
+
     regions: dict[str, list[Region]] = {key: [] for key in manifest.tensors}
     for file in manifest.files:
         for piece in file.pieces:

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckpt.geometry import Region, overlap, tiling_error
+from ckpt.geometry import overlap, tiling_error
+from ckpt.region import Region
 
 
 @st.composite
