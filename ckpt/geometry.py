@@ -99,13 +99,16 @@ def tiling_error(regions: list[Region], global_shape: tuple[int, ...]) -> str | 
     held = sum(region.numel for region in regions)
     if held != numel:
         return f"its parts hold {held} elements, the tensor has {numel}"
+    return "some of its parts overlap" if overlapping(regions, global_shape) else None
+
+
+def overlapping(regions: list[Region], global_shape: tuple[int, ...]) -> bool:
+    """Return whether any two of the regions share an element."""
     filled = [_runs(region, global_shape) for region in regions if region.numel]
-    if not filled:
-        return None
+    if len(filled) < 2:
+        return False
     position = np.concatenate([runs.position for runs in filled])
     length = np.concatenate([runs.length for runs in filled])
     order = np.argsort(position)
     position, length = position[order], length[order]
-    if position[0] != 0 or (position[1:] != position[:-1] + length[:-1]).any():
-        return "some of its parts overlap"
-    return None
+    return bool((position[1:] < position[:-1] + length[:-1]).any())

@@ -21,7 +21,7 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from ckpt.errors import CheckpointError, CorruptCheckpointError
-from ckpt.geometry import Copies, overlap
+from ckpt.geometry import Copies, overlap, overlapping
 from ckpt.manifest import FileInfo, Manifest, TensorInfo, digest
 from ckpt.region import Region
 from ckpt.storage import ALIGNMENT
@@ -88,12 +88,16 @@ def _transfers(manifest: Manifest, targets: Sequence[Target], where: Path) -> di
     wanted: dict[str, list[Target]] = {}
     for target in targets:
         wanted.setdefault(target.key, []).append(target)
+    regions: dict[str, list[Region]] = {key: [] for key in wanted}
     held = {id(target): 0 for target in targets}
     found: dict[str, list[_Transfer]] = {}
     for file in manifest.files:
         for piece in file.pieces:
+            if piece.key not in wanted:
+                continue
             info = manifest.tensors[piece.key]
-            for target in wanted.get(piece.key, ()):
+            regions[piece.key].append(piece.region)
+            for target in wanted[piece.key]:
                 copies = overlap(piece.region, target.region, info.shape)
                 if not len(copies.length):
                     continue
@@ -101,6 +105,9 @@ def _transfers(manifest: Manifest, targets: Sequence[Target], where: Path) -> di
                 size = info.item_bytes
                 in_bytes = Copies(piece.begin + copies.source * size, copies.target * size, copies.length * size)
                 found.setdefault(file.name, []).append(_Transfer(in_bytes, target))
+    for key, parts in regions.items():
+        if overlapping(parts, manifest.tensors[key].shape):
+            raise CorruptCheckpointError(f"{where}: parts of {key!r} overlap")
     for target in targets:
         if held[id(target)] != target.region.numel:
             raise CorruptCheckpointError(

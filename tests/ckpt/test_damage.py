@@ -264,7 +264,7 @@ FORGERIES = {
     "outside its tensor": (set_at("files", 0, "pieces", 0, 1, [5, 5]), "outside the tensor"),
     "beyond the file": (set_at("files", 0, "pieces", -1, 5, 1 << 50), "its last tensor ends at"),
     "overlapping bytes": (overlap_bytes, "overlap"),
-    "overlapping regions": (overlap_regions, "elements asked of 'big.0'"),
+    "overlapping regions": (overlap_regions, "parts of 'big.0' overlap"),
     "zero chunks": (set_at("files", 0, "chunk_bytes", 0), "cannot make"),
     "huge chunks": (set_at("files", 0, "chunk_bytes", 1 << 50), "cannot make"),
     "hash of another kind": (set_at("files", 0, "chunks", 0, "z" * 32), "hash is malformed"),
