@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -51,10 +52,19 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
-    """Four nodes with eight fake GPUs each."""
+def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A file system of 16 MB, to fill. Nodes see it: it is there before they start."""
     if missing():
         pytest.skip(missing())
+    folder = tmp_path_factory.mktemp("small")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", folder], check=True)
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory, small_disk: Path) -> Iterator[SlurmCluster]:
+    """Four nodes with eight fake GPUs each."""
     with slurm_cluster(tmp_path_factory.mktemp("slurm") / "c", ["n0", "n1", "n2", "n3"], gpus=8) as running:
         yield running
 

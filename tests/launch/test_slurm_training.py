@@ -5,6 +5,8 @@ Every test of this module runs jobs on one cluster of four nodes. Ranks import t
 
 from __future__ import annotations
 
+import contextlib
+import time
 from pathlib import Path
 
 import pytest
@@ -68,3 +70,50 @@ def test_two_nodes_of_two_ranks_are_told_to_save_requeue_and_go_on(cluster, work
     assert [e["reason"] for e in ended] == ["SIGUSR1", "finished"]
     assert 0 < ended[0]["iteration"] < 12
     assert losses(broken) == losses(workdir / "runs/whole"), "bit for bit"
+
+
+def test_a_full_disk_a_crash_a_hang_and_a_dead_node_in_one_run(cluster, workdir, site, small_disk, reference):
+    """Two nodes train, two stand by. Every failure is named; the run ends with the losses of an undisturbed one."""
+    run_dir = workdir / "runs/faults"
+    run_dir.mkdir(parents=True)
+    (run_dir / "checkpoints").symlink_to(small_disk)
+    with contextlib.suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as file:
+        while True:
+            file.write(b"0" * 65536)
+    drills = ["crash:rank=1,iteration=2", "hang:rank=1,iteration=7,attempt=1"]
+    drills += [f"slow:rank={rank},iteration=3,seconds=0.3,attempt=2" for rank in range(2)]
+    environment = {
+        "RUN_FILE": "run.yaml",
+        "OVERRIDES": "run.name=faults",
+        "SITE": str(site),
+        "SPARES": "2",
+        "DRILL": ";".join(drills),
+    }
+    job = sbatch(cluster, workdir, "--nodes=4", str(SCRIPTS / "pretrain.sbatch"), env=environment)
+    metrics = run_dir / "metrics.jsonl"
+    wait(lambda: metrics.exists() and read_metrics(metrics, "SaveFailed"), "failed save", 120, lambda: output(workdir))
+    (small_disk / "filler").unlink()
+    wait(lambda: len(events(run_dir, "training")) == 3, "third start", 150, lambda: output(workdir))
+    wait(lambda: read_metrics(metrics, "Saved"), "save", 60, lambda: output(workdir))
+    victim = events(run_dir, "attempt_started")[-1]["hosts"][1]
+    killed = time.time()
+    cluster.crash_node(victim)
+    wait(lambda: len(events(run_dir, "training")) == 4, "fourth start", 90, lambda: output(workdir))
+    assert wait_for_end(cluster, job, workdir) == "COMPLETED", output(workdir)
+
+    assert "No space left" in read_metrics(metrics, "SaveFailed")[0]["reason"]
+    crash, hang, node = events(run_dir, "incident")
+    assert (crash["category"], crash["rank"], crash["iteration"]) == ("user code", 1, 2)
+    assert "RuntimeError: drill: rank 1 crashes after iteration 2" in crash["reason"]
+    assert (hang["category"], hang["rank"], hang["iteration"]) == ("hang", 1, 7), "the full disk did not end the run"
+    assert "it is in _fail (train/callbacks/drill.py" in hang["reason"]
+    assert (node["category"], node["host"]) == ("node", victim)
+    final = events(run_dir, "attempt_started")[-1]["hosts"]
+    assert victim not in final and len(final) == 2
+    start = events(run_dir, "training")[-1]
+    imports = start["phases"]["join"] - start["phases"]["imports"]
+    assert start["phases"]["step"] - killed < 30 + imports
+    assert read_metrics(metrics, "RunStarted")[-1]["iteration"] >= 4, "from a checkpoint"
+    assert losses(run_dir) == reference, "bit for bit, through four attempts"
+    for number in (1, 2, 3):
+        assert (run_dir / f"launch/incidents/{number:04d}.md").is_file()
