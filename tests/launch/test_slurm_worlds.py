@@ -76,7 +76,7 @@ def test_1024_tasks_know_who_they_are(big, run_folder):
     said = {r["rank"]: r for r in map(json.loads, (launch / "rehearsal.jsonl").read_text().splitlines())}
     assert set(said) == set(range(1024))
 
-    planned = [line for line in (launch / "hostfile").read_text().splitlines()]
+    planned = (launch / "hostfile").read_text().splitlines()
     assert planned != sorted(planned), "an order that Slurm would not choose"
     assert [said[rank]["host"] for rank in range(1024)] == planned
     assert {r["master"] for r in said.values()} == {planned[0]}
