@@ -4,6 +4,7 @@ from __future__ import annotations
 
 TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 TP4 = {"tensor_model_parallel_size": 4, "sequence_parallel": True}
+TP8 = {"tensor_model_parallel_size": 8, "sequence_parallel": True}
 CP2 = {"context_parallel_size": 2}
 CP4 = {"context_parallel_size": 4}
 RING = {"cp_comm_type": "p2p"}
@@ -41,7 +42,17 @@ LAYOUTS: dict[str, tuple[int, dict]] = {
     "cp2_pp2": (4, CP2 | PP2),
     "cp2_ring_pp2_interleaved": (4, CP2 | RING | INTERLEAVED),
     "cp2_dp2": (4, CP2),
+    "cp2_tp2_dp2": (8, CP2 | TP2),
+    "pp2_interleaved_ep2_cp2": (8, INTERLEAVED | EP2 | CP2),
+    "tp8_on_two_kv_heads": (8, TP8),
 }
+
+PACKED: dict[str, tuple[int, dict]] = {
+    "packed_cp2": (2, CP2),
+    "packed_cp2_ring_pp2": (4, CP2 | RING | PP2),
+    "packed_cp2_tp2_recompute_parts": (4, CP2 | TP2 | RECOMPUTE_PARTS),
+}
+"""Layouts that train on short documents, several to a sample, kept apart."""
 
 SAVED = ["tp4_on_two_kv_heads", "cp2_tp2"]
 """Layouts whose checkpoint one rank resumes from; the others are covered with the checkpoints themselves."""

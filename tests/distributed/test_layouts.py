@@ -14,8 +14,9 @@ import torch
 import yaml
 
 from megatron_zaya.config import load_config
+from megatron_zaya.data.prepare import prepare
 from megatron_zaya.parallel.sequence import merge_zigzag
-from tests.distributed.layouts import LAYOUTS, SAVED
+from tests.distributed.layouts import LAYOUTS, PACKED, SAVED
 from tests.ranks import run_ranks
 from tests.train.conftest import run_file as make_run_file
 from tests.train.conftest import text_prefix  # noqa: F401 (fixture)
@@ -23,6 +24,7 @@ from tests.train.conftest import text_prefix  # noqa: F401 (fixture)
 TOLERANCE = 1e-5
 STEPS = 20
 GLOBAL_BATCH = 4
+ALL = LAYOUTS | PACKED
 
 
 def measure(run_file: Path, layouts: dict[str, dict], start: Path) -> dict[str, dict]:
@@ -31,6 +33,7 @@ def measure(run_file: Path, layouts: dict[str, dict], start: Path) -> dict[str, 
     from megatron_zaya.parallel.groups import release_process_groups
     from megatron_zaya.plan.layout import check_layout
     from megatron_zaya.train.setup import build_job, distributed_world
+    from megatron_zaya.train.step import evaluate
 
     env = read_rank_env()
     results = {}
@@ -42,6 +45,8 @@ def measure(run_file: Path, layouts: dict[str, dict], start: Path) -> dict[str, 
             overrides = [f"run.name={name}", f"schedule.micro_batch_size={micro_batch}", f"checkpoint.load={start}"]
             overrides += ["checkpoint.load_optimizer=false"]
             overrides += [f"parallel.{key}={value}" for key, value in parallel.items()]
+            if name.startswith("packed"):
+                overrides += [f"data.{key}={value}" for key, value in packed_data(run_file).items()]
             # Whole gradients stay on the ranks when optimizer state is not sharded.
             whole = load_config(run_file, [*overrides, "parallel.use_distributed_optimizer=false"])
             check_layout(whole, env.world_size)
@@ -51,12 +56,19 @@ def measure(run_file: Path, layouts: dict[str, dict], start: Path) -> dict[str, 
             began = time.perf_counter()
             job = build_job(load_config(run_file, overrides), env, device)
             result["curve"] = curve_of(job)
+            result["evaluation"] = evaluate(job)
             result["seconds"] = time.perf_counter() - began
             if name in ("one", *SAVED):
                 save(job)
             release_process_groups()
             results[name] = result
     return results
+
+
+def packed_data(run_file: Path) -> dict[str, object]:
+    """Return the changes of the data section that put several documents in a sample, kept apart."""
+    apart = dict.fromkeys(("reset_position_ids", "reset_attention_mask", "eod_mask_loss"), True)
+    return {"data_path": f"[{run_file.parent / 'short'}]"} | apart
 
 
 def make_start(run_file: Path, env, device) -> None:
@@ -165,11 +177,11 @@ def gradients_of(job) -> dict[str, tuple]:
     return shards
 
 
-def curve_of(job) -> list[tuple[float, float, float]]:
+def curve_of(job) -> list[tuple[float, ...]]:
     from megatron_zaya.train.step import train_step
 
     results = [train_step(job) for _ in range(STEPS)]
-    return [(r.loss, r.grad_norm, r.max_expert_load) for r in results]
+    return [(r.loss, r.grad_norm, r.skip_rate, r.max_expert_load) for r in results]
 
 
 def assemble_shards(ranks: list[list]) -> dict[str, np.ndarray]:
@@ -225,9 +237,14 @@ def measured(request, tmp_path_factory, text_prefix):  # noqa: F811
     tree["data"] |= dict(seq_length=32)
     tree["optimizer"] = {"lr": 1e-3, "min_lr": 1e-3}
     path.write_text(yaml.safe_dump(tree))
+    texts = path.parent / "texts"
+    texts.mkdir()
+    for i in range(200):
+        (texts / f"{i:03d}.txt").write_text(f"{i * i}: " + "ab cd ef gh"[: i % 13])
+    prepare([texts], path.parent / "short", workers=1)
     results = {}
-    worlds = {1: {"one": {}}}
-    for name, (world, parallel) in LAYOUTS.items():
+    worlds = {1: {"one": {}, "packed_one": {}}}
+    for name, (world, parallel) in ALL.items():
         if name in selected:
             worlds.setdefault(world, {})[name] = parallel
     for world, layouts in worlds.items():
@@ -238,6 +255,7 @@ def measured(request, tmp_path_factory, text_prefix):  # noqa: F811
                 "gradients": assemble_shards([rank[name]["gradients"] for rank in ranks]),
                 "logits": assemble_logits([rank[name]["logits"] for rank in ranks]),
                 "curve": ranks[0][name]["curve"],
+                "evaluation": ranks[0][name]["evaluation"],
             }
     saved = ["one", *sorted(selected & set(SAVED))]
     for name, loss in run_ranks(resume, 1, path, saved)[0].items():
@@ -245,33 +263,48 @@ def measured(request, tmp_path_factory, text_prefix):  # noqa: F811
     return results
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+def both(measured: dict, layout: str, what: str) -> tuple:
+    """Return a result of the layout and of its reference."""
+    return measured[layout][what], measured["packed_one" if layout.startswith("packed") else "one"][what]
+
+
+@pytest.mark.parametrize("layout", ALL)
 def test_logits_equal_those_of_one_rank(measured, layout):
-    ours, one = measured[layout]["logits"], measured["one"]["logits"]
+    ours, one = both(measured, layout, "logits")
     assert set(ours) == set(one)
     for sample, logits in one.items():
         assert_close(ours[sample], logits, f"sample {sample}")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ALL)
 def test_every_gathered_gradient_equals_that_of_one_rank(measured, layout):
-    ours, one = measured[layout]["gradients"], measured["one"]["gradients"]
+    ours, one = both(measured, layout, "gradients")
     assert set(ours) == set(one)
     for name, gradient in one.items():
         assert_close(ours[name], gradient, name)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ALL)
 def test_the_loss_curve_equals_those_of_one_rank(measured, layout):
-    ours, one = np.array(measured[layout]["curve"]), np.array(measured["one"]["curve"])
+    ours, one = (np.array(curve) for curve in both(measured, layout, "curve"))
     np.testing.assert_allclose(ours[:, 0], one[:, 0], rtol=TOLERANCE)
     np.testing.assert_allclose(ours[:, 1], one[:, 1], rtol=10 * TOLERANCE)
+    np.testing.assert_allclose(ours[:, 2:], one[:, 2:], rtol=TOLERANCE, err_msg="skip rate, load of the busiest expert")
+    (our_loss, our_tokens), (loss, tokens) = both(measured, layout, "evaluation")
+    assert our_tokens == tokens and our_loss == pytest.approx(loss, rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("layout", SAVED)
 def test_one_rank_resumes_what_a_layout_saved(measured, layout):
     ours, one = (measured[name]["loss after resuming on one rank"] for name in (layout, "one"))
     assert ours == pytest.approx(one, rel=TOLERANCE)
+
+
+def test_packed_samples_hold_several_documents(measured):
+    """The loss mask leaves out the last token of each document, so the evaluations count documents."""
+    batches = GLOBAL_BATCH * 32
+    assert measured["one"]["evaluation"][1] == batches
+    assert batches - 40 < measured["packed_one"]["evaluation"][1] < batches - 4
 
 
 def test_the_reference_exercises_several_experts(measured):
