@@ -43,9 +43,23 @@ def _attention(kernels: str) -> Callable[..., Tensor]:
     return attend
 
 
+class _FusedRMSNorm(torch.autograd.Function):
+    """What torch's fused kernel keeps: its input and one fp32 number a row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty(*x.shape[:-1], 1, dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)
+
+
 def _rms_norm(x: Tensor, shape: Any, weight: Tensor, eps: float) -> Tensor:
     """Return `F.rms_norm` as the fused kernel that torch has for accelerators."""
-    return torch.ops.aten._fused_rms_norm(x, list(shape), weight, eps)[0]
+    return _FusedRMSNorm.apply(x, weight)
 
 
 def _l2_norm(chunk_size: int, overflow: Tensor, tensor_lists: list[list[Tensor]], per_tensor: bool) -> Any:

@@ -77,17 +77,6 @@ def _any(args: tuple, test: Any) -> bool:
     return any(test(a) or (isinstance(a, list | tuple) and _any(tuple(a), test)) for a in args)
 
 
-def _fused_rms_norm(x: Tensor, shape: list[int], weight: Tensor | None, eps: float | None) -> tuple[Tensor, Tensor]:
-    rows = x.shape[: x.dim() - len(shape)] + (1,) * len(shape)
-    return torch.empty_like(x), x.new_empty(rows, dtype=torch.float32)
-
-
-def _fused_rms_norm_backward(
-    grad: Tensor, x: Tensor, shape: list[int], rstd: Tensor, weight: Tensor, mask: list[bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    return (torch.empty_like(x) if mask[0] else None), (torch.empty_like(weight) if mask[1] else None)
-
-
 def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
     """[T, I] x [E, I, O] -> [T, O], or, for the gradient of the weights, [O, T] x [T, I] -> [E, O, I]."""
     if b.dim() == 3:
@@ -95,11 +84,7 @@ def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, *args: Any, **
     return a.new_empty(offs.shape[0], a.shape[0], b.shape[1])
 
 
-_REPLACED = {
-    aten._fused_rms_norm.default: _fused_rms_norm,
-    aten._fused_rms_norm_backward.default: _fused_rms_norm_backward,
-    aten._grouped_mm.default: _grouped_mm,
-}
+_REPLACED = {aten._grouped_mm.default: _grouped_mm}
 
 
 def execute(function: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
