@@ -39,7 +39,9 @@ def grouped_product_works(device_type: str, dtype: torch.dtype) -> bool:
         rows = torch.ones(16, 16, device=device_type, dtype=dtype, requires_grad=True)
         stack = torch.ones(2, 16, 16, device=device_type, dtype=dtype, requires_grad=True)
         offsets = torch.tensor([8, 16], device=device_type, dtype=torch.int32)
-        out = function(rows, stack, offs=offsets)
+        # The question may come inside a recomputed layer: its hooks must not take this backward pass for theirs.
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+            out = function(rows, stack, offs=offsets)
         out.backward(torch.ones_like(out))  # an expanded gradient, as of a sum, is refused
     except (RuntimeError, NotImplementedError):
         return False

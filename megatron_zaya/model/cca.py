@@ -74,6 +74,10 @@ class CausalHeadConvolution(nn.Module):
             describe_shard(parameter, {0: shard_group}, replica_group)
             self.register_parameter(name, parameter)
 
+    def forward(self) -> dict[str, Tensor]:
+        """Return the weights by name. A call, so that gathering them is waited for (overlap_param_gather)."""
+        return dict(self.named_parameters())
+
 
 def causal_convolutions(
     x_SBC: Tensor,
@@ -237,7 +241,7 @@ class CompressedConvolutionalAttention(MegatronModule):
         temperature = at_least_fp32(self.temperature)
         temperature_X1 = torch.cat([temperature.new_ones(self.query_heads), temperature])[:, None]
         length_X1 = temperature_X1 * math.sqrt(self.config.kv_channels)
-        q_conv, k_conv = dict(self.conv_q.named_parameters()), dict(self.conv_k.named_parameters())
+        q_conv, k_conv = self.conv_q(), self.conv_k()
         convolution = {name: torch.cat([q_conv[name], k_conv[name]]) for name in q_conv}
         convolved_SBC = causal_convolutions(qk_SBC, **convolution, before=qk_before, position_SB=position_SB)
         convolved_TXD, plain_TXD = (at_least_fp32(x).view(heads) for x in (convolved_SBC, qk_SBC))

@@ -65,9 +65,20 @@ def mix_dispatched(x_SBH: Tensor, routing: Routing, experts: GroupedExperts, dis
     tokens, probs = dispatcher.dispatch_preprocess(x_SBH, map_TE, probs_TE)
     tokens, probs = dispatcher.token_dispatch(tokens, probs)
     tokens, tokens_per_expert, probs = dispatcher.dispatch_postprocess(tokens, probs)
+    _keep_no_graph(dispatcher)
     out = experts(tokens, tokens_per_expert, probs)
     out = dispatcher.token_combine(dispatcher.combine_preprocess(out))
     return dispatcher.combine_postprocess(out)
+
+
+def _keep_no_graph(dispatcher: MoETokenDispatcher) -> None:
+    """Detach the tensors that the dispatcher keeps until its next call.
+
+    Where the layer is run again in the backward pass, they would keep all of the second run alive between steps.
+    """
+    for name, value in vars(dispatcher).items():
+        if isinstance(value, Tensor) and value.grad_fn is not None:
+            setattr(dispatcher, name, value.detach())
 
 
 def mix_locally(x_TH: Tensor, routing: Routing, experts: GroupedExperts) -> Tensor:

@@ -8,6 +8,7 @@ Between pipeline stages the two streams travel as one tensor [S, B, H + R] (see 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -159,10 +160,14 @@ class ZayaModel(LanguageModule):
         if labels is None:
             logits_SBV, _ = self.output_layer(x_SBH, weight=weight)
             return logits_SBV.transpose(0, 1).contiguous()
-        weight = self.output_layer.weight if weight is None else weight
-        workspace = self.config.loss_workspace_bytes
-        sequence_parallel = self.config.sequence_parallel
-        loss_SB = head_loss(x_SBH, weight, labels.transpose(0, 1), workspace, self.tp_group, sequence_parallel)
+        loss = partial(
+            head_loss,
+            label_SB=labels.transpose(0, 1),
+            workspace_bytes=self.config.loss_workspace_bytes,
+            tp_group=self.tp_group,
+            sequence_parallel=self.config.sequence_parallel,
+        )
+        loss_SB, _ = self.output_layer(x_SBH, weight=weight, loss=loss)
         return loss_SB.transpose(0, 1).contiguous()
 
     def global_name(self, name: str) -> str:

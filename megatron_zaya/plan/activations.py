@@ -21,8 +21,8 @@ class Options:
     flash_attention: bool = True
     fused_loss: bool = False
     """A cross-entropy that keeps one copy of the logits in the precision of the model."""
-    loss_chunks: int = 1
-    """Parts in which the logits are made and consumed."""
+    loss_workspace_bytes: int | None = 256 * 2**20
+    """fp32 logits that exist at a time in this project's head; None is Megatron-Core's loss over all of them."""
     expert_load: float = 1.0
     """Rows at this rank's experts over the mean."""
 
@@ -171,6 +171,41 @@ def layer_footprints(m: ModelShape, layout: Layout, t: Tokens, options: Options,
     return zaya_layer(m, layout, t) if m.is_zaya else megatron_layer(m, layout, t, options, index)
 
 
+def without_recomputed_parts(
+    footprints: dict[str, Footprint], m: ModelShape, layout: Layout, t: Tokens
+) -> dict[str, Footprint]:
+    """Return the footprints under selective recomputation: what `recompute_modules` names is run again."""
+    parts, h = layout.recompute_modules, m.hidden_size
+    kept = {name: Footprint(dict(f.kept), f.transient) for name, f in footprints.items()}
+    q, k = m.q_width / layout.tp, m.kv_width / min(layout.tp, m.num_query_groups)
+    if "layernorm" in parts:
+        kept["norms"].kept = {"inputs": 4 * t.local * h}
+    if "core_attn" in parts and not m.is_zaya:
+        gone = ("attention matrices", "log-sum-exp")
+        kept["attention"].transient += sum(kept["attention"].kept.pop(name, 0.0) for name in gone)
+    elif "core_attn" in parts:
+        attention = kept["attention"]
+        between = attention.kept_bytes
+        attention.kept = {
+            "joined q, k, v weights": attention.kept["joined q, k, v weights"],
+            "q, k, v": 2 * t.attention * (q + 2 * k),
+            "attention output": 2 * t.attention * q,
+        }
+        attention.transient += between
+    if "experts" in parts or "moe_act" in parts:
+        name = "experts" if m.is_zaya else "mlp"
+        for tensor in [n for n in kept[name].kept if "activation" in n or "gate and up" in n]:
+            kept[name].transient += kept[name].kept.pop(tensor)
+    if "moe" in parts and m.is_zaya:
+        rerun = ("router", "experts")
+        again = sum(kept[name].kept_bytes for name in rerun) + 4 * t.local * h
+        kept["experts"] = Footprint({"choices, state": (8 + 2 * m.router_hidden_size) * t.local},
+                                    kept["experts"].transient + again)  # fmt: skip
+        kept["router"] = Footprint()
+        kept["norms"].kept = {"one norm": kept["norms"].kept_bytes / 2}
+    return kept
+
+
 def embedding_footprint(m: ModelShape, t: Tokens) -> Footprint:
     """Return what the embedding leaves behind."""
     if m.is_zaya:
@@ -180,10 +215,20 @@ def embedding_footprint(m: ModelShape, t: Tokens) -> Footprint:
 
 def head_footprint(m: ModelShape, layout: Layout, t: Tokens, options: Options) -> Footprint:
     """Return what norm, output layer and loss need; the logits live only from the loss to its backward pass."""
-    rows, vocabulary = t.attention, m.vocab_size / layout.tp
-    kept = {"inputs and output of the norm": 4 * t.local * m.hidden_size}
-    logits = rows * vocabulary / options.loss_chunks
-    return Footprint(kept, transient=logits * (2 + (2 if options.fused_loss else 4)))
+    h, rows, vocabulary = m.hidden_size, t.attention, m.vocab_size / layout.tp
+    kept = {"inputs and output of the norm": 4 * t.local * h}
+    if not m.is_zaya or options.loss_workspace_bytes is None:
+        return Footprint(kept, transient=rows * vocabulary * (2 + (2 if options.fused_loss else 4)))
+    if layout.tp > 1:
+        kept["gathered input of the head"] = 2 * rows * h
+    width = min(max(1.0, options.loss_workspace_bytes // (4 * rows)), vocabulary)
+    whole = 4 * rows * vocabulary if width == vocabulary else 0.0  # one block is kept for the backward pass
+    kept["sums per token"] = 12 * rows
+    # Backward: the gradient of the weights in bf16, of x in fp32, and a block of logits in fp32 and bf16 beside the
+    # gradient of the block before; the stream behind the last layer is gone.
+    block = rows * width * (8 if not whole else 2)
+    stream = 4 * t.local * h
+    return Footprint(kept, transient=whole + 2 * vocabulary * h + 4 * rows * h + block - stream)
 
 
 def boundary_bytes(m: ModelShape, t: Tokens, precision: Precision) -> float:

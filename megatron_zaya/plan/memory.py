@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from math import erf, sqrt
 
 from megatron_zaya.plan.activations import (
-    Footprint,
     Options,
     Tokens,
     boundary_bytes,
     embedding_footprint,
     head_footprint,
     layer_footprints,
+    without_recomputed_parts,
 )
 from megatron_zaya.plan.parameters import Parameters, rank_parameters
 from megatron_zaya.plan.schedule import alive_chunks
@@ -128,6 +128,8 @@ class _Chunk:
     """Largest transient of a layer's backward pass."""
     forward: float
     """Transient at the end of the forward pass."""
+    tied: float
+    """Gradient of a table that embedding and head share: it waits from the loss to the end of the backward pass."""
     embedding: float
     """Transient of the embedding's backward pass, when all else of the micro-batch is gone; 0 without one."""
     head: float
@@ -136,33 +138,50 @@ class _Chunk:
     sent: float
 
 
-def _recomputed(
-    footprints: dict[str, Footprint], m: ModelShape, t: Tokens, layout: Layout
+def _layer_bytes(
+    m: ModelShape, layout: Layout, t: Tokens, options: Options, is_moe: bool
 ) -> tuple[dict[str, float], float]:
-    """Return what a layer keeps and its transient under the layout's recomputation."""
+    """Return what one layer keeps, module by module, and the transient of its backward pass."""
+    footprints = layer_footprints(m, layout, t, options, m.num_layers if is_moe else 0)
+    if layout.recompute == "selective":
+        footprints = without_recomputed_parts(footprints, m, layout, t)
     kept = {name: footprint.kept_bytes for name, footprint in footprints.items()}
-    transient = max(footprint.transient for footprint in footprints.values())
+    return kept, max(footprint.transient for footprint in footprints.values())
+
+
+def _stage_bytes(
+    m: ModelShape, layout: Layout, t: Tokens, options: Options, layers: range
+) -> tuple[dict[str, float], float]:
+    """Return what the layers of a virtual stage keep, by module, and the largest transient of a backward pass."""
+    modules: dict[str, float] = {}
+    largest = 0.0
+    rerun, group, stream = 0, 1, 0.0
     if layout.recompute == "full":
+        block = layout.recompute_method == "block"
+        rerun = min(layout.recompute_num_layers, len(layers)) if block else len(layers)
+        group = 1 if block else min(layout.recompute_num_layers, len(layers))
         wide = 4 if m.fp32_residual_connection else 2
-        state = 2 * t.local * m.router_hidden_size
-        return {"layer inputs": wide * t.local * m.hidden_size + state}, transient + sum(kept.values())
-    return kept, transient
+        stream = wide * t.local * m.hidden_size
+        inputs = stream + 2 * t.local * m.router_hidden_size
+        # The first input is what the stage received or embedded.
+        modules["inputs of recomputed layers"] = inputs * (-(-rerun // group) - 1) + 8 * t.local * rerun * m.is_zaya
+    moe_layers = sum(m.is_moe_layer(index) for index in layers)
+    kept_layers = len(layers) - rerun
+    for is_moe, count in ((True, moe_layers), (False, len(layers) - moe_layers)):
+        if not count:
+            continue
+        kept, transient = _layer_bytes(m, layout, t, options, is_moe)
+        again = sum(kept.values()) * group - stream if rerun else 0.0  # the last result is not needed again
+        largest = max(largest, transient + again)
+        for name, size in kept.items():
+            modules[name] = modules.get(name, 0.0) + size * count * kept_layers / len(layers)
+    return modules, largest
 
 
 def _chunk(m: ModelShape, layout: Layout, t: Tokens, options: Options, precision: Precision, stage: int) -> _Chunk:
     sizes = layout.layers_of_stages(m.num_layers)
     first = sum(sizes[:stage])
-    modules: dict[str, float] = {}
-    backward = 0.0
-    kinds: dict[bool, int] = {}
-    for index in range(first, first + sizes[stage]):
-        kinds[m.is_moe_layer(index)] = kinds.get(m.is_moe_layer(index), 0) + 1
-    for is_moe, count in kinds.items():
-        footprints = layer_footprints(m, layout, t, options, m.num_layers if is_moe else 0)
-        kept, transient = _recomputed(footprints, m, t, layout)
-        backward = max(backward, transient)
-        for name, size in kept.items():
-            modules[name] = modules.get(name, 0.0) + size * count
+    modules, backward = _stage_bytes(m, layout, t, options, range(first, first + sizes[stage]))
     is_first, is_last = stage == 0, stage == layout.stages - 1
     head = 0.0
     if is_first:
@@ -173,7 +192,7 @@ def _chunk(m: ModelShape, layout: Layout, t: Tokens, options: Options, precision
     crossing = boundary_bytes(m, t, precision) if layout.stages > 1 else 0.0
     wide = 4 if m.fp32_residual_connection else 2
     stream = wide * t.local * m.hidden_size
-    if not is_last and m.is_zaya and layout.recompute != "full":
+    if not is_last and m.is_zaya and layout.recompute == "none":
         modules["residual scaling"] -= stream  # what leaves the stage is a copy
     table = precision.parameter * m.vocab_size * m.hidden_size / layout.tp
     return _Chunk(
@@ -182,6 +201,7 @@ def _chunk(m: ModelShape, layout: Layout, t: Tokens, options: Options, precision
         backward=backward,
         forward=stream + 6 * t.local * m.router_hidden_size if m.is_zaya else 0.0,
         embedding=table + 1.5 * stream if is_first else 0.0,
+        tied=table if is_first and is_last and m.share_embeddings_and_output_weights else 0.0,
         head=head,
         received=0.0 if is_first else crossing,
         sent=0.0 if is_last else crossing,
@@ -201,23 +221,32 @@ def _largest_fragment(parameters: Parameters, layout: Layout) -> tuple[float, fl
     return min(dense, parameters.largest_dense), min(expert, parameters.largest_expert)
 
 
-def _construction_peak(parameters: Parameters, layout: Layout, precision: Precision, drawn: float) -> float:
+def _optimizer_bytes(parameters: Parameters, layout: Layout, precision: Precision) -> float:
+    """Return the fp32 masters and moments of this rank."""
+    dense, expert = _optimizer_elements(parameters, layout)
+    matrices = dense * parameters.dense_matrices / max(1, parameters.dense) + expert
+    return (dense + expert) * (precision.master + precision.moments) - matrices * (
+        precision.moments - precision.matrix_moments
+    )
+
+
+def _construction_peak(
+    parameters: Parameters, layout: Layout, precision: Precision, optimizer: float, drawn: float
+) -> float:
     """Return the peak while buffers and optimizer are made.
 
-    The parameters exist, each drawn whole in fp32 (the largest is ``drawn`` bytes); a buffer for the dense ones and their gradients is filled, then the dense originals go; the
-    same for the experts, chunk by chunk; then the fp32 copies are made, one fragment at a time.
+    The parameters exist, each drawn whole in fp32 (the largest is ``drawn`` bytes). A buffer for the dense ones and
+    their gradients is filled, then the dense originals go; the same for the experts, chunk by chunk. Then come the
+    fp32 copies and moments, one fragment at a time.
     """
     dense, expert, n = parameters.dense, parameters.expert, parameters.total
     own = precision.parameter if layout.use_distributed_optimizer else 0
-    buffer = own + precision.gradient
     filled = (precision.parameter + precision.gradient) * n
-    masters = precision.master * sum(_optimizer_elements(parameters, layout))
-    fragment = precision.parameter * (_largest_fragment(parameters, layout)[1 if expert else 0])
     return max(
         precision.parameter * n + drawn,
-        precision.parameter * n + buffer * dense,
+        precision.parameter * n + (own + precision.gradient) * dense,
         filled + own * expert / layout.vp,
-        filled + masters + fragment,
+        filled + optimizer,
     )
 
 
@@ -244,7 +273,7 @@ def stage_memory(
         for name, size in chunk.modules.items():
             by_module[name] = by_module.get(name, 0.0) + count * size
     weights, gradients = parameters.total * precision.parameter, parameters.total * precision.gradient
-    optimizer = (precision.master + precision.moments) * sum(_optimizer_elements(parameters, layout))
+    optimizer = _optimizer_bytes(parameters, layout, precision)
     scratch = 2 * 4 * max(_largest_fragment(parameters, layout))  # torch's Adam, one tensor after the other
     # The gathered sequence keeps its buffer; a stage keeps its last input and the gradient of it.
     held = 2 * t.attention * m.hidden_size if layout.tp > 1 and layout.sequence_parallel else 0.0
@@ -260,7 +289,7 @@ def stage_memory(
         transient=transient,
         boundary=held + sum(count * (c.received + c.sent) for count, c in zip(alive, chunks, strict=True)),
         left_over=left,
-        construction_peak=_construction_peak(parameters, layout, precision, drawn),
+        construction_peak=_construction_peak(parameters, layout, precision, optimizer, drawn),
         optimizer_peak=weights + gradients + optimizer + left + scratch,
         microbatches_in_flight=sum(alive) / layout.vp,
         moment=moment,
@@ -292,9 +321,12 @@ def _worst_moment(
             stale = 2 * (chunk.received + chunk.sent) * steady
             moments = [
                 (chunk.head + stale if chunk.head else 0.0, "loss"),
-                (chunk.backward + chunk.sent + stale / 2, "backward pass of the last layer"),
+                (chunk.backward + chunk.tied + chunk.sent + stale / 2, "backward pass of the last layer"),
                 (chunk.forward + stale, "end of a forward pass"),
-                (chunk.embedding - chunk.kept if chunk.embedding else 0.0, "backward pass of the embedding"),
+                (
+                    chunk.embedding + 2 * chunk.tied - chunk.kept if chunk.embedding else 0.0,
+                    "backward pass of the embedding",
+                ),
             ]
             transient, moment = max(moments)
             worst = max(worst, (total + transient, alive, transient, moment))

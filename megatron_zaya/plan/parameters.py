@@ -16,6 +16,8 @@ class Parameters:
     """Reduced over all data-parallel ranks."""
     expert: int = 0
     """Reduced over the ranks that hold the same experts."""
+    dense_matrices: int = 0
+    """Of the dense ones, those in hidden matrices, which Muon trains; experts are such matrices too."""
     largest_dense: int = 0
     """The largest single tensor that is no expert."""
     largest_expert: int = 0
@@ -24,6 +26,7 @@ class Parameters:
         return Parameters(
             self.dense + other.dense,
             self.expert + other.expert,
+            self.dense_matrices + other.dense_matrices,
             max(self.largest_dense, other.largest_dense),
             max(self.largest_expert, other.largest_expert),
         )
@@ -79,29 +82,33 @@ def router_parameters(m: ModelShape, first_layer: bool) -> int:
 def layer_parameters(m: ModelShape, layout: Layout, index: int) -> Parameters:
     """Return what layer ``index`` (0-based) puts on a rank."""
     dense = attention_parameters(m, layout.tp) + 2 * _norm(m)
+    matrices = (2 * m.q_width // layout.tp + 2 * m.kv_width // min(layout.tp, m.num_query_groups)) * m.hidden_size
     if m.is_zaya:
         dense += 2 * 4 * m.hidden_size
     if not m.is_moe_layer(index):
         mlp = mlp_parameters(m, m.ffn_hidden_size, layout.tp)
-        return Parameters(dense + mlp, 0, mlp // 2)
+        return Parameters(dense + mlp, 0, matrices + mlp, mlp // 2)
     dense += router_parameters(m, index == 0)
     if m.moe_shared_expert_intermediate_size:
         dense += mlp_parameters(m, m.moe_shared_expert_intermediate_size, layout.tp)
+    r = m.router_hidden_size
+    matrices += m.hidden_size * r + 2 * r * r + r * (m.num_moe_experts + 1)
     per_expert = mlp_parameters(m, m.moe_ffn_hidden_size, layout.etp)
     local = m.num_moe_experts // layout.ep
-    return Parameters(dense, local * per_expert, m.hidden_size, local * per_expert * 2 // 3)
+    return Parameters(dense, local * per_expert, matrices, m.hidden_size, local * per_expert * 2 // 3)
 
 
 def embedding_parameters(m: ModelShape, tp: int) -> Parameters:
     """Return what the embedding puts on a rank of the first stage."""
     table = m.vocab_size * m.hidden_size // tp
-    return Parameters(table + m.learned_positions * m.hidden_size + (2 * m.hidden_size if m.is_zaya else 0), 0, table)
+    more = m.learned_positions * m.hidden_size + (2 * m.hidden_size if m.is_zaya else 0)
+    return Parameters(table + more, largest_dense=table)
 
 
 def head_parameters(m: ModelShape, tp: int, own_table: bool) -> Parameters:
     """Return what the final norm and the output layer put on a rank of the last stage."""
     table = m.vocab_size * m.hidden_size // tp if own_table else 0
-    return Parameters(_norm(m) + table, 0, table)
+    return Parameters(_norm(m) + table, largest_dense=table)
 
 
 def chunk_parameters(m: ModelShape, layout: Layout, stage: int) -> Parameters:

@@ -163,7 +163,9 @@ class Precision:
     master: int = 4
     """fp32 copy of the parameters; 0 where the parameters themselves are fp32."""
     moments: int = 8
-    """Both of Adam's moments; Muon keeps one (4)."""
+    """Both of Adam's moments."""
+    matrix_moments: int = 8
+    """Of hidden matrices: Muon keeps the momentum only (4)."""
 
 
 def model_of(config: RunConfig) -> ModelShape:
@@ -208,6 +210,10 @@ def layout_of(config: RunConfig, world_size: int) -> Layout:
         overlap_grad_reduce=p.overlap_grad_reduce,
         overlap_param_gather=p.overlap_param_gather,
         bucket_elements=p.ddp_bucket_size,
+        recompute=p.recompute_granularity or "none",
+        recompute_method=p.recompute_method,
+        recompute_num_layers=p.recompute_num_layers,
+        recompute_modules=tuple(p.recompute_modules),
     )
 
 
@@ -221,4 +227,5 @@ def precision_of(config: RunConfig) -> Precision:
     """Return the bytes per element of a run file."""
     wide = config.run.precision == "fp32"
     gradient = 4 if wide or config.parallel.grad_reduce_in_fp32 else 2
-    return Precision(parameter=4 if wide else 2, gradient=gradient, master=0 if wide else 4)
+    matrices = 4 if config.optimizer.optimizer == "muon" else 8
+    return Precision(4 if wide else 2, gradient, master=0 if wide else 4, matrix_moments=matrices)

@@ -118,6 +118,8 @@ def dry_run(
     Raises:
         ConfigError: the layout is illegal.
     """
+    from megatron_zaya.parallel.groups import release_process_groups
+
     check_layout(config, world_size)
     start = time.monotonic()
     routing = ForcedRouting(
@@ -131,6 +133,7 @@ def dry_run(
     with contextlib.ExitStack() as stack:
         stack.enter_context(accelerator_on_meta(kernels) if device == META else cpu.standing_in(device))
         stack.enter_context(fake_world(rank, world_size))
+        stack.callback(release_process_groups)
         stack.enter_context(memory.following_resizes())
         stack.enter_context(observer.following_modules())
         stack.enter_context(observer)
@@ -142,7 +145,6 @@ def dry_run(
 
 
 def _construct_and_step(config: RunConfig, observer: Observer, memory: LiveBytes, device: torch.device) -> DryRun:
-    from megatron_zaya.parallel.groups import release_process_groups
     from megatron_zaya.train.setup import assemble_job
     from megatron_zaya.train.step import train_step
 
@@ -165,7 +167,6 @@ def _construct_and_step(config: RunConfig, observer: Observer, memory: LiveBytes
         with observer.during("forward and backward", "activations"):
             train_step(job)
     resident = memory.live
-    release_process_groups()
     return DryRun(
         world_size=0,
         rank=0,
