@@ -149,6 +149,8 @@ class OptimizerConfig(Section):
     """Largest global gradient norm; 0 turns clipping off."""
     moe_router_bias_update_rate: NonNegativeFloat = 1e-3
     """Step size of the balancing biases, in units of probability; 0 freezes them."""
+    moe_router_bias_update_scope: Literal["global_batch", "micro_batch"] = "global_batch"
+    """Whose load the biases follow: one update per step, or one for each micro-batch of the step."""
     skip_expert_target: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Share of the tokens that should skip; None means as much as each expert gets."""
 
@@ -258,6 +260,12 @@ class TelemetryConfig(Section):
     """Iterations between step lines."""
     live: Literal["auto", "on", "off"] = "auto"
     """Live view on the terminal; auto means only on a TTY."""
+    loss_spike_threshold: NonNegativeFloat = 6.0
+    """Report a loss that many deviations above the median of the last ones; 0 reports none."""
+    loss_spike_window: PositiveInt = 100
+    """Iterations that a loss is compared with."""
+    grad_norm_groups_interval: NonNegativeInt = 0
+    """Iterations between reports of the gradient norm by group of parameters; 0 reports none."""
     loss_curve: bool = True
     """Draw loss_curve.png in the run folder (needs the extra `plots`)."""
 
@@ -271,6 +279,8 @@ class RunSection(Section):
     seed: NonNegativeInt = 1234
     precision: Literal["fp32", "bf16"] = "bf16"
     """Parameter and compute type; bf16 keeps fp32 master weights, residual stream, norms and softmaxes."""
+    deterministic: bool = False
+    """Let torch use (and insist on) algorithms that give the same bits in every run; slower on an accelerator."""
     loss_workspace_mib: PositiveInt = 256
     """fp32 logits that exist at a time, in MiB per rank; all of them would need 4 x tokens x vocabulary bytes."""
     backend: Literal["auto", "nccl", "gloo"] = "auto"

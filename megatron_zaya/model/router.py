@@ -76,7 +76,8 @@ class ZayaRouter(MegatronModule):
         bias = torch.zeros(classes, dtype=torch.float32)
         bias[-1] = config.skip_expert_bias
         self.register_buffer("balancing_bias", bias)
-        self.register_buffer("tokens_per_class", torch.zeros(classes, dtype=torch.float32), persistent=False)
+        self.micro_batch_counts: list[Tensor] = []
+        """Tokens per class of each training forward pass since the last optimizer step, fp32."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ZayaRouter:
         """Move the buffers with the module, but never cast them: a bias step is below bf16's resolution."""
@@ -85,6 +86,11 @@ class ZayaRouter(MegatronModule):
         for name, buffer in buffers.items():
             setattr(self, name, buffer.to(getattr(self, name).device))
         return self
+
+    @property
+    def tokens_per_class(self) -> Tensor:
+        """Tokens per class since the last optimizer step, fp32."""
+        return sum(self.micro_batch_counts, start=torch.zeros_like(self.balancing_bias))
 
     def forward(self, x_SBH: Tensor, previous_SBR: Tensor | None) -> tuple[Routing, Tensor]:
         """Route.
@@ -113,5 +119,5 @@ class ZayaRouter(MegatronModule):
         """Return the class of each token, and add them to the counts."""
         class_T = (probs_TN + self.balancing_bias).argmax(dim=-1)
         if counting:
-            self.tokens_per_class += torch.bincount(class_T, minlength=self.config.num_router_classes)
+            self.micro_batch_counts.append(torch.bincount(class_T, minlength=self.config.num_router_classes).float())
         return class_T

@@ -1,13 +1,18 @@
 """Bias-only balancing of the experts (arXiv 2605.05365, eq. 5): no auxiliary loss touches the gradient.
 
-The balancing bias b of a layer follows an Adam step on the pseudo-gradient p_e - t_e, where p_e is the share of the
-global batch that went to class e and t_e its target: a class that got too much becomes less attractive. Step size
-and betas of the original training are not published; the defaults are those of AMD's public port.
+The balancing bias b of a layer follows an AdamW-like step on the pseudo-gradient p_e - t_e, where p_e is the share of
+the tokens that went to class e and t_e its target: a class that got too much becomes less attractive. The share is
+that of the global batch (eq. 5), or of each micro-batch in turn (arXiv 2511.17127 says "micro-batch"). Either way the
+biases change between optimizer steps only: a bias that moves inside a step would route the recomputed and the original
+forward pass, or two pipeline stages, differently. Step size and betas of the original training are not published; the
+defaults are those of AMD's public port.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
@@ -17,6 +22,44 @@ from torch import Tensor
 from megatron_zaya.model.router import ZayaRouter
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """How the tokens of a global batch spread over the experts of all layers."""
+
+    skip_rate: float
+    """Share of (token, layer) pairs that went to the skip class."""
+    max_expert_load: float
+    """Busiest expert of any layer, in multiples of an even share of the dispatched tokens."""
+    mean_load_violation: float
+    """Mean over layers of (busiest expert / even share) - 1."""
+    load_entropy: float
+    """Mean over layers of the entropy of the experts' load, in multiples of its maximum; 1 is even."""
+    min_load_entropy: float
+    """That of the least even layer."""
+    dead_experts: int
+    """(Layer, expert) pairs without a token."""
+
+
+def load_figures(counts_LN: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what :func:`load_report` needs of the layers of one pipeline stage: sums, and maxima (both fp64)."""
+    experts_LE = counts_LN[:, :-1].double()
+    total_L = experts_LE.sum(dim=1).clamp_min(1)
+    share_LE = experts_LE / total_L[:, None]
+    experts = experts_LE.shape[1]
+    entropy_L = -(share_LE * share_LE.clamp_min(1e-300).log()).sum(dim=1) / math.log(max(experts, 2))
+    peak_L = share_LE.amax(dim=1) * experts
+    sums = [counts_LN[:, -1].sum(), counts_LN.sum(), (peak_L - 1).sum(), entropy_L.sum()]
+    sums += [(experts_LE == 0).sum(), torch.tensor(len(counts_LN), device=counts_LN.device)]
+    return torch.stack([value.double() for value in sums]), torch.stack([peak_L.max(), -entropy_L.min()])
+
+
+def load_report(sums: Tensor, maxima: Tensor) -> LoadReport:
+    """Turn figures, reduced over the pipeline stages, into a report."""
+    skipped, tokens, violation, entropy, dead, layers = sums.tolist()
+    peak, negative_entropy = maxima.tolist()
+    return LoadReport(skipped / tokens, peak, violation / layers, entropy / layers, -negative_entropy, int(dead))
 
 
 class BiasBalancer:
@@ -39,22 +82,32 @@ class BiasBalancer:
         self.exp_avg_LN = torch.zeros(len(self.routers), len(bias), dtype=torch.float32, device=bias.device)
         self.exp_avg_sq_LN = torch.zeros_like(self.exp_avg_LN)
 
-    @torch.no_grad()
-    def step(self, counts_LN: Tensor, iteration: int) -> None:
-        """Update every bias.
+    def step(self, counts_MLN: Tensor, updates_done: int) -> int:
+        """Update every bias once per entry of the first axis.
 
         Args:
-            counts_LN: tokens per layer and class of the whole global batch, equal on all ranks that hold the layer.
-            iteration: 1-based number of this optimizer step, for Adam's bias correction.
+            counts_MLN: tokens per layer and class of each micro-batch, or of the global batch (M = 1), summed over all
+                ranks that see different tokens; equal on all ranks that hold the layer.
+            updates_done: updates before these, for Adam's bias correction.
+
+        Returns:
+            Updates done now.
         """
+        for counts_LN in counts_MLN:
+            updates_done += 1
+            self._update(counts_LN, updates_done)
+        return updates_done
+
+    @torch.no_grad()
+    def _update(self, counts_LN: Tensor, number: int) -> None:
         if not self.update_rate:
             return
         share_LN = counts_LN / counts_LN.sum(dim=1, keepdim=True)
         gradient_LN = share_LN.float() - self.target_N
         self.exp_avg_LN.lerp_(gradient_LN, 1 - BETA1)
         self.exp_avg_sq_LN.lerp_(gradient_LN.square(), 1 - BETA2)
-        mean_LN = self.exp_avg_LN / (1 - BETA1**iteration)
-        spread_LN = (self.exp_avg_sq_LN / (1 - BETA2**iteration)).sqrt() + EPS
+        mean_LN = self.exp_avg_LN / (1 - BETA1**number)
+        spread_LN = (self.exp_avg_sq_LN / (1 - BETA2**number)).sqrt() + EPS
         for router, update_N in zip(self.routers, self.update_rate * mean_LN / spread_LN, strict=True):
             router.balancing_bias -= update_N
 
@@ -66,9 +119,3 @@ class BiasBalancer:
             for name, moments in (("exp_avg", self.exp_avg_LN), ("exp_avg_sq", self.exp_avg_sq_LN))
             for layer, row in zip(self.layers, moments, strict=True)
         }
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take what a checkpoint read into :meth:`sharded_state_dict`."""
-        for name, moments in (("exp_avg", self.exp_avg_LN), ("exp_avg_sq", self.exp_avg_sq_LN)):
-            for layer, row in zip(self.layers, moments, strict=True):
-                row.copy_(state[f"{name}.{layer}"])

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
@@ -23,6 +23,7 @@ from megatron_zaya.config.sections import OptimizerConfig as OptimizerSection
 from megatron_zaya.model.sharding import is_expert
 from megatron_zaya.optim.distributed import ShardedOptimizer
 from megatron_zaya.optim.exchange import Grid
+from megatron_zaya.optim.guarded import GuardedOptimizer
 from megatron_zaya.optim.muon import MuonAdamW
 from megatron_zaya.optim.rules import Rule, rule_for
 
@@ -146,18 +147,18 @@ def _part(
 
 def build_optimizer(
     config: RunConfig, model: Sequence[DistributedDataParallel], pg_collection: ProcessGroupCollection
-) -> MegatronOptimizer:
+) -> GuardedOptimizer:
     """Return the optimizer over the model's buffers. Collective."""
     mcore_config = _mcore_config(config, model)
     if config.parallel.use_distributed_optimizer:
         rules = rules_of(model, config.optimizer.optimizer)
-        optimizer: MegatronOptimizer = ChainedOptimizer(
-            [_part(config, model, rules, pg_collection, mcore_config, expert) for expert in (False, True)]
-        )
+        parts = [_part(config, model, rules, pg_collection, mcore_config, expert) for expert in (False, True)]
     else:
-        optimizer = get_megatron_optimizer(
+        parts = get_megatron_optimizer(
             mcore_config, list(model), use_gloo_process_groups=False, pg_collection=pg_collection
-        )
+        ).chained_optimizers
+    names = {p: name for chunk in model for name, p in chunk.module.named_global_parameters()}
+    optimizer = GuardedOptimizer(parts, names)
     model[0].config.grad_scale_func = optimizer.scale_loss
     return optimizer
 

@@ -7,6 +7,8 @@ checkpoints.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
@@ -65,6 +67,11 @@ class ShardedOptimizer(DistributedOptimizer):
             orthogonalizer([None if shard is None else directions[shard] for shard in shards], self.scratch)
 
         self.optimizer.orthogonalize = orthogonalize
+
+    def model_and_main(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (model parameter, the fp32 shard of it that this rank owns)."""
+        for parameter, (group, order) in self.model_param_group_index_map.items():
+            yield parameter, self.optimizer.param_groups[group]["params"][order]
 
     def _main_shard(self, parameter: Tensor) -> Tensor | None:
         """Return the fp32 shard of a model parameter that this rank owns, or None."""

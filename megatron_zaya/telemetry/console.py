@@ -8,6 +8,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from megatron_zaya.telemetry.events import (
     Evaluated,
     Event,
+    GradientNorms,
+    LossSpike,
     RunEnded,
     RunStarted,
     Saved,
@@ -41,7 +43,7 @@ def plain_line(event: Event) -> str:
             return (
                 f" training: iterations {event.iteration} to {event.train_iters} on {event.world_size} ranks "
                 f"(data parallel {event.data_parallel_size}), {event.parameters:,} parameters, "
-                f"{event.parameters_active:,} active per token; {origin}\n optimizer: {event.optimizer}"
+                f"{event.parameters_active:,} active per token; {event.optimizer}; {origin}"
             )
         case StepDone():
             return step_line(event)
@@ -56,7 +58,17 @@ def plain_line(event: Event) -> str:
                 f" training held up for {event.stall_s:.3f} s"
             )
         case StepSkipped():
-            return f" iteration {event.iteration} skipped: its loss is {event.loss} ({event.in_a_row} in a row)"
+            return (
+                f" iteration {event.iteration} skipped: loss {event.loss}, gradient norm {event.grad_norm} "
+                f"({event.in_a_row} in a row, {event.in_all} in all)"
+            )
+        case LossSpike():
+            return (
+                f" iteration {event.iteration}: the loss jumped to {event.loss:.4f}, {event.deviations:.1f} deviations"
+            )
+        case GradientNorms():
+            norms = ", ".join(f"{group} {norm:.4g}" for group, norm in event.norms.items())
+            return f" iteration {event.iteration}: gradient norms: {norms}"
         case SaveFailed():
             return f" NOT saved at iteration {event.iteration}: {event.reason}; the run goes on"
         case RunEnded():

@@ -26,7 +26,7 @@ class RunStarted:
     parameters_active: int
     """Parameters that one token passes, the embedding not counted."""
     resumed_from: str | None = None
-    optimizer: str = ""
+    optimizer: str = "AdamW"
     """What goes where, in one line; the run folder's optimizer.txt has every parameter."""
 
 
@@ -51,6 +51,14 @@ class StepDone:
     """Share of (token, layer) pairs that went to the skip class."""
     max_expert_load: float
     """Busiest expert of any layer, in multiples of an even share of the dispatched tokens."""
+    mean_load_violation: float
+    """Mean over layers of (busiest expert / even share) - 1."""
+    load_entropy: float
+    """Mean over layers of the entropy of the experts' load; 1 is even."""
+    min_load_entropy: float
+    """That of the least even layer."""
+    dead_experts: int
+    """(Layer, expert) pairs without a token."""
 
 
 @dataclass(frozen=True)
@@ -77,11 +85,31 @@ class Saved:
 
 @dataclass(frozen=True)
 class StepSkipped:
-    """A step without a finite loss, left out (`schedule.nan_policy: skip`); the parameters did not change."""
+    """A step without a finite loss or gradient, left out (`schedule.nan_policy: skip`); no parameter changed."""
 
     iteration: int
     loss: float
+    grad_norm: float
     in_a_row: int
+    in_all: int
+
+
+@dataclass(frozen=True)
+class LossSpike:
+    """A loss far above those of the last steps."""
+
+    iteration: int
+    loss: float
+    deviations: float
+    """Above the median, in units of the usual spread."""
+
+
+@dataclass(frozen=True)
+class GradientNorms:
+    """Norms of groups of parameters, before clipping (`telemetry.grad_norm_groups_interval`)."""
+
+    iteration: int
+    norms: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -101,7 +129,7 @@ class RunEnded:
     """"finished", or the name of the signal that stopped it."""
 
 
-Event = RunStarted | StepDone | StepSkipped | Evaluated | Saved | SaveFailed | RunEnded
+Event = RunStarted | StepDone | StepSkipped | LossSpike | GradientNorms | Evaluated | Saved | SaveFailed | RunEnded
 
 
 class Sink(Protocol):

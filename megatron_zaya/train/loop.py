@@ -5,11 +5,13 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import torch
 
-from megatron_zaya.telemetry.events import RunEnded, RunStarted, StepDone, StepSkipped
+from megatron_zaya.telemetry.events import GradientNorms, LossSpike, RunEnded, RunStarted, StepDone, StepSkipped
 from megatron_zaya.train.callbacks.base import Callback
+from megatron_zaya.train.guards import SpikeDetector
 from megatron_zaya.train.state import TrainingJob
 from megatron_zaya.train.step import StepResult, train_step
 
@@ -28,9 +30,18 @@ def _step_event(job: TrainingJob, result: StepResult, learning_rate: float, step
         global_batch_size=schedule.global_batch_size,
         step_time_s=step_time_s,
         tokens_per_s=tokens / step_time_s,
-        skip_rate=result.skip_rate,
-        max_expert_load=result.max_expert_load,
+        **asdict(result.load),
     )
+
+
+def _watch(job: TrainingJob, spikes: SpikeDetector, result: StepResult) -> None:
+    """Say what is unusual about a step, and what was asked about it."""
+    deviations = spikes.observe(result.loss)
+    if deviations is not None:
+        job.events.emit(LossSpike(job.state.iteration, result.loss, deviations))
+    if job.optimizer.norm_by_group:
+        job.events.emit(GradientNorms(job.state.iteration, job.optimizer.norm_by_group))
+        job.optimizer.norm_by_group = {}
 
 
 def train(job: TrainingJob, callbacks: Sequence[Callback]) -> str:
@@ -53,15 +64,23 @@ def train(job: TrainingJob, callbacks: Sequence[Callback]) -> str:
             optimizer=job.optimizer_summary,
         )
     )
+    telemetry = job.config.telemetry
+    spikes = SpikeDetector(telemetry.loss_spike_threshold, telemetry.loss_spike_window)
     reason = "finished"
     while job.state.iteration < train_iters:
         start = time.perf_counter()
         learning_rate = job.optimizer.param_groups[0]["lr"]
+        every = telemetry.grad_norm_groups_interval
+        job.optimizer.norm_groups_wanted = bool(every) and (job.state.iteration + 1) % every == 0
         result = train_step(job)
         if result.skipped:
-            job.events.emit(StepSkipped(job.state.iteration, result.loss, job.skipped_in_a_row))
+            skipped = StepSkipped(
+                job.state.iteration, result.loss, result.grad_norm, job.skipped_in_a_row, job.state.skipped_steps
+            )
+            job.events.emit(skipped)
         else:
             job.events.emit(_step_event(job, result, learning_rate, time.perf_counter() - start))
+        _watch(job, spikes, result)
         if result.stop_signal:
             reason = signal.Signals(result.stop_signal).name
         job.save_asked = result.save_asked

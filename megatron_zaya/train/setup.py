@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -64,6 +65,9 @@ def distributed_world(config: RunConfig, env: RankContext) -> Iterator[torch.dev
     backend = config.run.backend
     if backend == "auto":
         backend = "nccl" if accelerator else "gloo"
+    if config.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it; without effect on ROCm
+        torch.use_deterministic_algorithms(True)
     timeout = datetime.timedelta(seconds=config.run.distributed_timeout_s)
     if env.is_single:
         store = torch.distributed.HashStore()
@@ -75,6 +79,7 @@ def distributed_world(config: RunConfig, env: RankContext) -> Iterator[torch.dev
     finally:
         release_process_groups()
         torch.distributed.destroy_process_group()
+        torch.use_deterministic_algorithms(False)
 
 
 def build_stages(config: RunConfig, pg_collection: ProcessGroupCollection) -> list[ZayaModel]:

@@ -28,6 +28,10 @@ class TrainState:
     consumed_samples: int = 0
     data_fingerprint: str = ""
     """Identity of the sample order, so that a resume with other data is noticed."""
+    skipped_steps: int = 0
+    """Steps that were left out because their loss or gradient was not finite."""
+    balancing_updates: int = 0
+    """Updates of the balancing biases."""
 
 
 @dataclass

@@ -15,8 +15,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_zaya.data.sampler import document_boundaries, evaluation_batches
+from megatron_zaya.optim.balancing import LoadReport, load_figures, load_report
 from megatron_zaya.parallel.sequence import split_zigzag
-from megatron_zaya.train.errors import TrainingError
+from megatron_zaya.train.guards import leave_out
 from megatron_zaya.train.state import TrainingJob
 
 
@@ -26,8 +27,7 @@ class StepResult:
 
     loss: float
     grad_norm: float
-    skip_rate: float
-    max_expert_load: float
+    load: LoadReport
     stop_signal: int
     save_asked: bool
     skipped: bool = False
@@ -80,94 +80,80 @@ def _run_schedule(job: TrainingJob, data: list[Iterator], num_microbatches: int,
 
 
 def _take_router_counts(job: TrainingJob) -> Tensor:
-    """Return the tokens per layer and router class on this rank since the last call, and start counting anew."""
-    counts_LN = torch.stack([router.tokens_per_class for router in job.balancer.routers])
+    """Return the tokens [M, layers, classes] on this rank since the last call, and start counting anew.
+
+    M is the number of micro-batches, or 1 where the biases follow the load of the global batch.
+    """
+    counts_MLN = torch.stack([torch.stack(router.micro_batch_counts) for router in job.balancer.routers], dim=1)
     for router in job.balancer.routers:
-        router.tokens_per_class.zero_()
-    return counts_LN
+        router.micro_batch_counts.clear()
+    by_micro_batch = job.config.optimizer.moe_router_bias_update_scope == "micro_batch"
+    return counts_MLN if by_micro_batch else counts_MLN.sum(dim=0, keepdim=True)
 
 
-def _reduce_over_tokens(job: TrainingJob, loss: Tensor, counts_LN: Tensor) -> tuple[Tensor, Tensor]:
+def _reduce_over_tokens(job: TrainingJob, loss: Tensor, counts_MLN: Tensor) -> tuple[Tensor, Tensor]:
     """Sum over the ranks that hold different tokens; every rank gets the loss, and the counts of its own layers."""
     groups = job.pg_collection
-    report = torch.cat([loss, counts_LN.double().flatten()])
+    report = torch.cat([loss, counts_MLN.double().flatten()])
     torch.distributed.all_reduce(report, group=groups.dp_cp)
-    loss, counts_LN = report[:2].clone(), report[2:].view_as(counts_LN)
+    loss, counts_MLN = report[:2].clone(), report[2:].view_as(counts_MLN)
     torch.distributed.all_reduce(loss, group=groups.pp)
     if job.config.parallel.sequence_parallel:  # the routers of a tensor-parallel group see parts of the sequence
-        torch.distributed.all_reduce(counts_LN, group=groups.tp)
-    return loss, counts_LN
+        torch.distributed.all_reduce(counts_MLN, group=groups.tp)
+    return loss, counts_MLN
 
 
-def _summarise(job: TrainingJob, counts_LN: Tensor) -> tuple[float, float, int, bool]:
-    """Return the skip rate, the load of the busiest expert over all stages, and what any rank was asked for."""
-    experts_LE = counts_LN[:, :-1]
-    even_share_L = experts_LE.sum(dim=1).clamp_min(1) / experts_LE.shape[1]
-    sums = torch.stack([counts_LN[:, -1].sum(), counts_LN.sum()])
+def _summarise(job: TrainingJob, counts_LN: Tensor) -> tuple[LoadReport, int, bool]:
+    """Return the load over all stages, and what any rank was asked for."""
+    sums, maxima = load_figures(counts_LN)
     torch.distributed.all_reduce(sums, group=job.pg_collection.pp)
-    asked = sums.new_tensor([job.stop_signal, job.save_asked])
-    peaks = torch.cat([(experts_LE.amax(dim=1) / even_share_L).max()[None], asked])
+    asked = maxima.new_tensor([job.stop_signal, job.save_asked])
+    peaks = torch.cat([maxima, asked])
     torch.distributed.all_reduce(peaks, op=torch.distributed.ReduceOp.MAX)
-    return (sums[0] / sums[1]).item(), peaks[0].item(), int(peaks[1].item()), bool(peaks[2].item())
+    stop_signal, save_asked = peaks[2:].tolist()
+    return load_report(sums, peaks[:2]), int(stop_signal), bool(save_asked)
 
 
-def _check_finite(job: TrainingJob, mean_loss: float, iteration: int) -> bool:
-    """Return whether the step is to be taken; the loss is equal on all ranks, so they agree.
+def _step_optimizer(job: TrainingJob, mean_loss: float, local_loss: Tensor) -> tuple[bool, float]:
+    """Return whether the parameters were stepped, and the gradient norm; both are equal on all ranks.
 
     Raises:
-        TrainingError: the loss is not finite and the policy does not let the step be skipped (any more).
+        TrainingError: loss or gradient is not finite and `schedule.nan_policy` does not let that be left out.
     """
+    updated, grad_norm = False, math.nan
     if math.isfinite(mean_loss):
+        updated, grad_norm, _ = job.optimizer.step()
+    if updated:
         job.skipped_in_a_row = 0
-        return True
-    schedule = job.config.schedule
-    job.skipped_in_a_row += 1
-    if schedule.nan_policy == "skip" and job.skipped_in_a_row <= schedule.nan_limit:
-        return False
-    before = f" ({schedule.nan_limit} steps before it were skipped)" if schedule.nan_policy == "skip" else ""
-    raise TrainingError(
-        f"iteration {iteration}: the loss is {mean_loss}{before}; the parameters are those of the last good iteration. "
-        "Lower optimizer.lr, or look at the data of this step"
-    )
+        return True, float(grad_norm)
+    what = f"the gradient norm is {grad_norm}" if math.isfinite(mean_loss) else f"the loss is {mean_loss}"
+    leave_out(job, what, bool(torch.isfinite(local_loss).all()))
+    return False, float(grad_norm)
 
 
 def train_step(job: TrainingJob) -> StepResult:
     """Run one optimizer step. Collective.
 
     Raises:
-        TrainingError: the gradient is not finite, or the loss is not and `schedule.nan_policy` does not skip it.
+        TrainingError: loss or gradient is not finite, and `schedule.nan_policy` does not let the step be left out.
     """
     job.busy.start()
     for chunk in job.model:
         chunk.zero_grad_buffer()
     job.optimizer.zero_grad()
-    loss = _run_schedule(job, job.train_data, job.num_microbatches, forward_only=False)
-    iteration = job.state.iteration + 1
+    local_loss = _run_schedule(job, job.train_data, job.num_microbatches, forward_only=False)
 
-    counts_LN = _take_router_counts(job)
-    loss, counts_LN = _reduce_over_tokens(job, loss, counts_LN)
+    loss, counts_MLN = _reduce_over_tokens(job, local_loss, _take_router_counts(job))
     mean_loss = (loss[0] / loss[1]).item()
-    sound = _check_finite(job, mean_loss, iteration)
-    grad_norm = math.nan
-    if sound:
-        updated, grad_norm, _ = job.optimizer.step()
-        if not updated or not math.isfinite(grad_norm):
-            raise TrainingError(f"iteration {iteration}: the gradient norm is {grad_norm}; lower optimizer.lr")
-        job.balancer.step(counts_LN, iteration)
+    updated, grad_norm = _step_optimizer(job, mean_loss, local_loss)
+    if updated:
+        job.state.balancing_updates = job.balancer.step(counts_MLN, job.state.balancing_updates)
     job.scheduler.step(increment=1)
-    job.state.iteration = iteration
+    job.state.iteration += 1
     job.state.consumed_samples += job.config.schedule.global_batch_size
 
-    skip_rate, max_expert_load, stop_signal, save_asked = _summarise(job, counts_LN)
-    return StepResult(
-        loss=mean_loss,
-        grad_norm=float(grad_norm),
-        skip_rate=skip_rate,
-        max_expert_load=max_expert_load,
-        stop_signal=stop_signal,
-        save_asked=save_asked,
-        skipped=not sound,
-    )
+    load, stop_signal, save_asked = _summarise(job, counts_MLN.sum(dim=0))
+    return StepResult(mean_loss, grad_norm, load, stop_signal, save_asked, skipped=not updated)
 
 
 @torch.no_grad()

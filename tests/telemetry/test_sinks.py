@@ -15,7 +15,9 @@ START = RunStarted(0, 40, 2, 2, 1000, 100)
 
 
 def step(iteration: int, loss: float = 2.5) -> StepDone:
-    return StepDone(iteration, 40, iteration * 8, iteration * 256, loss, 1.5, 3e-4, 8, 0.25, 1024.0, 0.1, 1.2)
+    return StepDone(
+        iteration, 40, iteration * 8, iteration * 256, loss, 1.5, 3e-4, 8, 0.25, 1024.0, 0.1, 1.2, 0.1, 0.99, 0.98, 0
+    )
 
 
 EVENTS = [START, *(step(i, 5.0 - i / 20) for i in range(1, 41)), Evaluated(40, 3.2, 512, 0.1), Saved(40, "here", 1.0)]
