@@ -19,8 +19,6 @@ from typing import Any
 
 import torch.multiprocessing as mp
 
-from tests.collectives import use_one_exchange
-
 
 def free_port() -> int:
     """Return a TCP port that was free a moment ago."""
@@ -41,7 +39,6 @@ def _rank(rank: int, world_size: int, port: int, function: Callable, arguments: 
     import torch
 
     torch.set_num_threads(1)
-    use_one_exchange()
     try:
         result = (True, function(*arguments))
     except Exception:

@@ -16,6 +16,7 @@ import yaml
 from megatron_zaya.config import load_config
 from megatron_zaya.data.prepare import prepare
 from megatron_zaya.parallel.sequence import merge_zigzag
+from tests.collectives import use_one_exchange
 from tests.distributed.layouts import LAYOUTS, PACKED, SAVED
 from tests.ranks import run_ranks
 from tests.train.conftest import run_file as make_run_file
@@ -35,6 +36,7 @@ def measure(run_file: Path, layouts: dict[str, dict], start: Path) -> dict[str, 
     from megatron_zaya.train.setup import build_job, distributed_world
     from megatron_zaya.train.step import evaluate
 
+    use_one_exchange()
     env = read_rank_env()
     results = {}
     with distributed_world(load_config(run_file), env) as device:
