@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megatron_zaya.model.derivatives import causal_taps, merged_taps, normalised_sum, rotate
+from megatron_zaya.model.precision import at_least_fp32
 from megatron_zaya.model.recompute import run_again_later
 from megatron_zaya.model.sharding import describe_shard, sum_over_ranks
 from megatron_zaya.model.transformer_config import ZayaTransformerConfig
@@ -41,11 +42,6 @@ class CCASubmodules:
     """Column-parallel product without a weight of its own: it takes the concatenated q, k and v weights."""
     core_attention: ModuleSpec | type
     linear_proj: ModuleSpec | type
-
-
-def at_least_fp32(x: Tensor) -> Tensor:
-    """Return ``x`` in fp32, or unchanged if it is wider."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 class CausalHeadConvolution(nn.Module):
@@ -238,13 +234,13 @@ class CompressedConvolutionalAttention(MegatronModule):
 
         # q and k stay side by side (X = Q + K heads) until attention: one kernel each for what they share.
         heads = (seq * batch, self.query_heads + self.kv_heads, self.config.kv_channels)
-        temperature = at_least_fp32(self.temperature)
+        temperature = self.config.widened("qk_norm", self.temperature)
         temperature_X1 = torch.cat([temperature.new_ones(self.query_heads), temperature])[:, None]
         length_X1 = temperature_X1 * math.sqrt(self.config.kv_channels)
         q_conv, k_conv = self.conv_q(), self.conv_k()
         convolution = {name: torch.cat([q_conv[name], k_conv[name]]) for name in q_conv}
         convolved_SBC = causal_convolutions(qk_SBC, **convolution, before=qk_before, position_SB=position_SB)
-        convolved_TXD, plain_TXD = (at_least_fp32(x).view(heads) for x in (convolved_SBC, qk_SBC))
+        convolved_TXD, plain_TXD = (self.config.widened("qk_norm", x).view(heads) for x in (convolved_SBC, qk_SBC))
         if self.kv_replica_group is not None:
             convolved_TXD = convolved_TXD + mean_of_other_queries(plain_TXD, self.kv_replica_group)
         qk_TXD = normalised_sum(convolved_TXD, plain_TXD, length_X1, self.query_heads)

@@ -36,9 +36,12 @@ class _RMSNorm(Function):
         return grad_x_TH.addcmul_(normed_TH, along_T1, value=-1).mul_(inverse_T1), grad_weight_H, None
 
 
-def rms_norm(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
-    """Root-mean-square norm of the last dimension; torch's own kernel where it has one (not in fp32 on a CPU)."""
-    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
+def rms_norm(x: Tensor, weight_H: Tensor, eps: float, wide: bool = True) -> Tensor:
+    """Root-mean-square norm of the last dimension, statistics and product in fp32 if ``wide``.
+
+    That is what torch's own kernel does; it has none in fp32 on a CPU.
+    """
+    if wide and (x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64)):
         return F.rms_norm(x, weight_H.shape, weight_H, eps)
     return _RMSNorm.apply(x.flatten(0, -2), weight_H, eps).view(x.shape)
 

@@ -27,11 +27,12 @@ class RMSNorm(nn.RMSNorm):
 
     def __init__(self, config: ZayaTransformerConfig, hidden_size: int, eps: float) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.wide = "norm" in config.fp32_islands
         mark_replicated(self, config)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x`` [..., hidden]; the result has the weight's dtype."""
-        return rms_norm(x.to(self.weight.dtype), self.weight, self.eps)
+        return rms_norm(x.to(self.weight.dtype), self.weight, self.eps, self.wide)
 
 
 class InputScaling(nn.Module):
@@ -44,8 +45,8 @@ class InputScaling(nn.Module):
         mark_replicated(self, config)
 
     def forward(self, x_SBH: Tensor) -> Tensor:
-        """Scale the fp32 embedding; the result stays in fp32 (or wider)."""
-        return (x_SBH + self.bias) * self.scale
+        """Scale the embedding; the result has its dtype: that of the residual stream."""
+        return (x_SBH + self.bias.to(x_SBH.dtype)) * self.scale.to(x_SBH.dtype)
 
 
 class ResidualScaling(nn.Module):

@@ -108,8 +108,7 @@ class ZayaRouter(MegatronModule):
             state_SBR = state_SBR + previous_SBR.to(state_SBR.dtype) * self.previous_scale
         hidden = F.gelu(self.linear_1(self.norm(state_SBR)))
         logits_SBN = self.linear_out(F.gelu(self.linear_2(hidden)))
-        wide = torch.float64 if logits_SBN.dtype == torch.float64 else torch.float32
-        probs_TN = torch.softmax(logits_SBN.flatten(0, 1), dim=-1, dtype=wide)
+        probs_TN = torch.softmax(self.config.widened("router", logits_SBN).flatten(0, 1), dim=-1)
         counting = self.training and torch.is_grad_enabled()
         class_T = chosen_once(lambda: self._choose(probs_TN.detach(), counting))
         prob_T = probs_TN.gather(1, class_T.unsqueeze(1)).squeeze(1)

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
+from torch import Tensor
 
 from megatron_zaya.config import RunConfig
 from megatron_zaya.config.sections import ParallelConfig
+from megatron_zaya.model.precision import at_least_fp32
 from megatron_zaya.model.recompute import RecomputePlan
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -29,10 +31,16 @@ class ZayaTransformerConfig(TransformerConfig):
     rotary_base: float = 5_000_000.0
     sliding_rotary_base: float = 10_000.0
     sliding_window: int | None = None
+    fp32_islands: tuple[str, ...] = ()
+    """As :class:`megatron_zaya.config.sections.RunSection`'s."""
     recompute: RecomputePlan = field(default_factory=RecomputePlan)
     layer_types: tuple[str, ...] = ()
     """One entry per layer, "full" or "sliding"."""
     loss_workspace_bytes: int = 256 * 2**20
+
+    def widened(self, island: str, x: Tensor) -> Tensor:
+        """Return ``x`` in fp32 or wider if ``island`` is one of the fp32 islands, else unchanged."""
+        return at_least_fp32(x) if island in self.fp32_islands else x
 
     @property
     def num_router_classes(self) -> int:
@@ -80,13 +88,13 @@ def zaya_transformer_config(config: RunConfig) -> ZayaTransformerConfig:
         bias_dropout_fusion=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        fp32_residual_connection=True,
+        fp32_residual_connection="residual" in config.run.fp32_islands,
         perform_initialization=False,  # model/init.py does it, the same for every layout
         init_method_std=model.init_method_std,
         gradient_accumulation_fusion=False,
         bf16=config.run.precision == "bf16",
         params_dtype=dtype,
-        pipeline_dtype=torch.float32,
+        pipeline_dtype=torch.float32 if "residual" in config.run.fp32_islands else dtype,
         batch_p2p_comm=torch.cuda.is_available(),  # gloo sends and receives one by one
         autocast_dtype=dtype,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -107,6 +115,7 @@ def zaya_transformer_config(config: RunConfig) -> ZayaTransformerConfig:
         rotary_base=model.rotary_base,
         sliding_rotary_base=model.sliding_rotary_base,
         sliding_window=model.sliding_window,
+        fp32_islands=tuple(config.run.fp32_islands),
         recompute=recompute_plan(parallel),
         layer_types=tuple(model.layer_types or ["full"] * model.num_layers),
         loss_workspace_bytes=config.run.loss_workspace_mib * 2**20,

@@ -166,6 +166,7 @@ class ZayaModel(LanguageModule):
             workspace_bytes=self.config.loss_workspace_bytes,
             tp_group=self.tp_group,
             sequence_parallel=self.config.sequence_parallel,
+            wide="loss" in self.config.fp32_islands,
         )
         loss_SB, _ = self.output_layer(x_SBH, weight=weight, loss=loss)
         return loss_SB.transpose(0, 1).contiguous()
