@@ -28,7 +28,7 @@ check: setup  ## format, lint, types, import contracts, shell scripts, spelling
 	$(BIN)/ruff check --quiet $(SOURCES)
 	$(BIN)/mypy
 	PATH=$(BIN):$$PATH $(BIN)/lint-imports
-	$(BIN)/shellcheck .ci/run tools/*.sh slurm/*.sbatch
+	$(BIN)/shellcheck .ci/run tools/*.sh slurm/*.sbatch slurm/hooks/*.sh
 	$(BIN)/codespell
 
 format: setup  ## rewrite the sources in the project's format

@@ -27,6 +27,7 @@ config_app = typer.Typer(no_args_is_help=True, help="Run files: schema, resolved
 data_app = typer.Typer(no_args_is_help=True, help="Tokenised text.")
 optimizer_app = typer.Typer(no_args_is_help=True, help="What trains which parameter.")
 app.command()(job_cli.submit)
+app.command()(job_cli.preflight)
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
 app.add_typer(optimizer_app, name="optimizer")

@@ -1,4 +1,4 @@
-"""`zaya submit`: the command that turns a run file into a job."""
+"""`zaya submit` and `zaya preflight`: a run file becomes a job, nodes are checked."""
 
 from __future__ import annotations
 
@@ -58,3 +58,24 @@ def submit(
     if local or in_allocation:
         raise typer.Exit(supervise(submission.folder, local))
     typer.echo(f"zaya: submitted job {hand_to_slurm(submission)}; events in {submission.folder}/events.jsonl")
+
+
+def preflight(
+    site: Annotated[Path, typer.Option(help="Site file (YAML) with a preflight section.")],
+    out: Annotated[Path, typer.Option(help="Folder of the verdicts.")] = Path("preflight"),
+    tier: Annotated[int, typer.Option(min=1, max=2, help="1: each node alone; 2: measure, too.")] = 1,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Ranks per node of tier 2; default: the site's.")] = None,
+) -> None:
+    """Check the nodes of this allocation, or this machine; exit status 1 when a node is not fit."""
+    from launch.preflight.run import preflight as check
+    from launch.site import load_site
+
+    outcome = check(load_site(site), out, tier, nproc)
+    for host in outcome.passed:
+        typer.echo(f"pass {host}")
+    for host, reasons in sorted(outcome.failed.items()):
+        for reason in reasons:
+            typer.echo(f"FAIL {host}: {reason}")
+    if outcome.failed:
+        typer.echo(f"zaya: leave them out with --exclude=$(cat {out / 'fail.txt'})")
+    raise typer.Exit(1 if outcome.failed else 0)

@@ -12,8 +12,8 @@ from types import FrameType
 import psutil
 
 
-def torchrun_command(run_file: Path, overrides: list[str], nproc: int) -> list[str]:
-    """Return the command line that starts ``nproc`` ranks with a free rendezvous port."""
+def torchrun_command(module: str, arguments: list[str], nproc: int) -> list[str]:
+    """Return the command line that starts ``nproc`` ranks of a module with a free rendezvous port."""
     return [
         sys.executable,
         "-m",
@@ -21,9 +21,8 @@ def torchrun_command(run_file: Path, overrides: list[str], nproc: int) -> list[s
         "--standalone",
         f"--nproc-per-node={nproc}",
         "--module",
-        "megatron_zaya.pretrain",
-        str(run_file),
-        *overrides,
+        module,
+        *arguments,
     ]
 
 
@@ -38,7 +37,7 @@ def run_ranks(run_file: Path, overrides: list[str], nproc: int) -> int:
     environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
     # A session of its own: an interrupt from the terminal must reach the ranks through us, not torchrun itself,
     # which would kill them half-way.
-    command = torchrun_command(run_file, overrides, nproc)
+    command = torchrun_command("megatron_zaya.pretrain", [str(run_file), *overrides], nproc)
     process = subprocess.Popen(command, env=environment, start_new_session=True)
     received: list[int] = []
 

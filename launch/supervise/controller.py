@@ -17,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+from launch.agreement import CLOCK_TOLERANCE_S
 from launch.errors import LaunchError
 from launch.ports import CONTROLLER, MEETING, is_free, job_port, own_ports
 from launch.supervise import classify, slurm, watch
@@ -41,6 +42,7 @@ class Controller:
         self.events = EventLog(job.folder / "events.jsonl", lambda text: print(f"zaya: {text}", flush=True))
         self.job_id = "" if local else os.environ.get("SLURM_JOB_ID", "")
         self.agents: dict[str, asyncio.StreamWriter] = {}
+        self.clock_offset_s: dict[str, float] = {}
         self.inbox: asyncio.Queue[tuple[str, Message]] = asyncio.Queue()
         self.stop_signal = 0
         self.attempt = len(self.events.read("attempt_started"))
@@ -59,6 +61,7 @@ class Controller:
             writer.close()
             return
         host = str(hello["host"])
+        self.clock_offset_s[host] = float(hello["clock"]) - time.time()
         self.agents[host] = writer
         await self.inbox.put((host, hello))
         while (message := await receive(reader)) is not None:
@@ -112,6 +115,9 @@ class Controller:
             self.events.emit("nodes_absent", hosts=absent, waited_s=self.job.policy.connect_timeout_s, said=log[-3:])
         for host in absent:
             exclude(self.job.folder, host, "its agent did not answer")
+        for host, offset in self.clock_offset_s.items():
+            if abs(offset) > CLOCK_TOLERANCE_S:
+                self._leave_out(host, "clock", [f"{offset:+.1f} s against the controller: check chrony or ntpd there"])
 
     async def _preflight(self) -> None:
         """Check every node before anything starts; those that fail are left out."""

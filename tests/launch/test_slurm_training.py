@@ -6,6 +6,7 @@ Every test of this module runs jobs on one cluster of four nodes. Ranks import t
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 from pathlib import Path
 
@@ -13,13 +14,14 @@ import pytest
 
 from megatron_zaya.telemetry.jsonl import read_events as read_metrics
 from megatron_zaya.telemetry.jsonl import steps_by_iteration
-from tests.launch.conftest import REPOSITORY, events, job_field, output, sbatch, wait, wait_for_end
+from tests.launch.conftest import ENVIRONMENT, REPOSITORY, events, job_field, output, sbatch, wait, wait_for_end
 
 pytestmark = pytest.mark.slurm
 SCRIPTS = REPOSITORY / "slurm"
 SITE = """
 slurm: {gpus_per_node: 8, exclusive: false}
 ranks_per_node: 1
+preflight: {gpus: 8, max_clock_offset_s: null}
 supervise: {connect_timeout_s: 60, node_timeout_s: 6, start_timeout_s: 120, hang_timeout_s: 8, settle_s: 1}
 """
 
@@ -30,7 +32,16 @@ def losses(run_dir: Path) -> dict[int, tuple[float, float]]:
 
 @pytest.fixture(scope="module")
 def site(workdir: Path) -> Path:
+    """A site with a preflight, and an amd-smi that knows seven GPUs on node n0 and eight on the others."""
     (workdir / "site.yaml").write_text(SITE)
+    recorded = json.loads((REPOSITORY / "tests/launch/recorded/amd_smi_metric.json").read_text())["gpu_data"][0]
+    for count in (7, 8):
+        gpus = [recorded | {"gpu": number} for number in range(count)]
+        (workdir / f"metric-{count}.json").write_text(json.dumps({"gpu_data": gpus}))
+    tool = workdir / "bin/amd-smi"
+    tool.parent.mkdir()
+    tool.write_text(f'#!/bin/sh\n[ "$SLURMD_NODENAME" = n0 ] && n=7 || n=8\ncat {workdir}/metric-$n.json\n')
+    tool.chmod(0o755)
     return workdir / "site.yaml"
 
 
@@ -72,8 +83,12 @@ def test_two_nodes_of_two_ranks_are_told_to_save_requeue_and_go_on(cluster, work
     assert losses(broken) == losses(workdir / "runs/whole"), "bit for bit"
 
 
-def test_a_full_disk_a_crash_a_hang_and_a_dead_node_in_one_run(cluster, workdir, site, small_disk, reference):
-    """Two nodes train, two stand by. Every failure is named; the run ends with the losses of an undisturbed one."""
+def test_a_bad_node_a_full_disk_a_crash_a_hang_and_a_dead_node_in_one_run(
+    cluster, workdir, site, small_disk, reference
+):
+    """Of four nodes one fails its check, two train, one stands by. Every failure is named and the losses are those of
+    an undisturbed run.
+    """
     run_dir = workdir / "runs/faults"
     run_dir.mkdir(parents=True)
     (run_dir / "checkpoints").symlink_to(small_disk)
@@ -86,6 +101,7 @@ def test_a_full_disk_a_crash_a_hang_and_a_dead_node_in_one_run(cluster, workdir,
         "RUN_FILE": "run.yaml",
         "OVERRIDES": "run.name=faults",
         "SITE": str(site),
+        "PATH": f"{workdir / 'bin'}:{ENVIRONMENT['PATH']}",
         "SPARES": "2",
         "DRILL": ";".join(drills),
     }
@@ -101,6 +117,10 @@ def test_a_full_disk_a_crash_a_hang_and_a_dead_node_in_one_run(cluster, workdir,
     wait(lambda: len(events(run_dir, "training")) == 4, "fourth start", 90, lambda: output(workdir))
     assert wait_for_end(cluster, job, workdir) == "COMPLETED", output(workdir)
 
+    (bad,) = events(run_dir, "node_excluded")
+    assert (bad["host"], bad["why"]) == ("n0", "preflight")
+    assert "7 (wanted: 8)" in bad["said"][-1]
+    assert "n0" not in events(run_dir, "attempt_started")[0]["hosts"]
     assert "No space left" in read_metrics(metrics, "SaveFailed")[0]["reason"]
     crash, hang, node = events(run_dir, "incident")
     assert (crash["category"], crash["rank"], crash["iteration"]) == ("user code", 1, 2)
@@ -109,7 +129,7 @@ def test_a_full_disk_a_crash_a_hang_and_a_dead_node_in_one_run(cluster, workdir,
     assert "it is in _fail (train/callbacks/drill.py" in hang["reason"]
     assert (node["category"], node["host"]) == ("node", victim)
     final = events(run_dir, "attempt_started")[-1]["hosts"]
-    assert victim not in final and len(final) == 2
+    assert {victim, "n0"}.isdisjoint(final) and len(final) == 2
     start = events(run_dir, "training")[-1]
     imports = start["phases"]["join"] - start["phases"]["imports"]
     assert start["phases"]["step"] - killed < 30 + imports
