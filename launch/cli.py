@@ -89,6 +89,35 @@ def optimizer_table(run_file: RunFile, overrides: Overrides = None) -> None:
     print(table.text(table.optimizer_table(config)), end="")
 
 
+@app.command()
+def phases(run_file: RunFile, overrides: Overrides = None) -> None:
+    """Print the phases of a run: length, sequence, positions, learning rate, batch, layout, data."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from megatron_zaya.config.phases import phase_configs
+
+    config = load_config(run_file, overrides or ())
+    table = Table("phase", "tokens", "iterations", "sequence", "RoPE base", "lr", "batch", "layout", "data")
+    for phase in phase_configs(config):
+        s, o, p = phase.schedule, phase.optimizer, phase.parallel
+        sizes = {"TP": p.tensor_model_parallel_size, "PP": p.pipeline_model_parallel_size}
+        sizes |= {"CP": p.context_parallel_size, "EP": p.expert_model_parallel_size}
+        ramp = f" from {s.rampup_batch_size[0]}" if s.rampup_batch_size else ""
+        table.add_row(
+            phase.run_dir.name,
+            f"{s.train_samples * phase.data.seq_length / 1e9:,.1f}B",
+            f"{s.train_iters:,}",
+            f"{phase.data.seq_length:,}",
+            f"{phase.model.rotary_base:,.0f}",
+            f"{o.lr:g} to {o.min_lr:g}, {s.lr_decay_style}",
+            f"{s.global_batch_size:,}{ramp}",
+            " ".join(f"{name}{size}" for name, size in sizes.items() if size > 1) or "DP only",
+            " ".join(phase.data.data_path),
+        )
+    Console(width=160).print(table)
+
+
 @data_app.command("prepare")
 def data_prepare(
     inputs: Annotated[

@@ -17,7 +17,7 @@ from launch.env import LaunchError, RankContext, read_rank_env
 from megatron_zaya.compat import quiet_megatron
 from megatron_zaya.config import ConfigError, RunConfig, dump_config, load_config
 from megatron_zaya.data.errors import DataError
-from megatron_zaya.preconditions import check_run
+from megatron_zaya.preconditions import check_run, unfinished_phases
 from megatron_zaya.telemetry.heartbeat import Heartbeat
 from megatron_zaya.train.errors import TrainingError
 
@@ -53,17 +53,22 @@ def main(argv: list[str]) -> int:
     heartbeat.beat("imports")
     quiet_megatron()
     # torch and Megatron-Core are imported only now: a mistake in the input is reported in a second.
+    from megatron_zaya.parallel.groups import release_process_groups
     from megatron_zaya.train.loop import train
     from megatron_zaya.train.setup import build_callbacks, build_job, distributed_world
 
     heartbeat.beat("join")
     with distributed_world(config, env) as device:
-        heartbeat.beat("build")
-        job = build_job(config, env, device)
-        try:
-            train(job, build_callbacks(config, env))
-        finally:
-            job.events.close()
+        for phase in unfinished_phases(config):
+            heartbeat.beat("build")
+            job = build_job(phase, env, device)
+            try:
+                reason = train(job, build_callbacks(phase, env))
+            finally:
+                job.events.close()
+            release_process_groups()  # the next phase may have another layout
+            if reason != "finished":
+                break
     return 0
 
 

@@ -14,6 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from megatron_zaya.config.errors import ConfigError, explain
+from megatron_zaya.config.phases import set_dotted
 from megatron_zaya.config.run_config import RunConfig
 
 
@@ -49,17 +50,10 @@ def _read_yaml(text: str, source: str) -> Any:
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     """Set ``a.b=value`` in ``tree``; the value is read as YAML."""
     key, equals, text = override.partition("=")
-    path = key.strip().split(".")
-    if not equals or not all(path):
+    if not equals:
         raise ConfigError(f"override {override!r}: write it as section.key=value")
-    node = tree
-    for depth, part in enumerate(path[:-1]):
-        if node.get(part) is None:
-            node[part] = {}
-        node = node[part]
-        if not isinstance(node, dict):
-            raise ConfigError(f"override {override!r}: {'.'.join(path[: depth + 1])} is not a section")
-    node[path[-1]] = _read_yaml(text, f"override {override!r}") if text.strip() else None
+    value = _read_yaml(text, f"override {override!r}") if text.strip() else None
+    set_dotted(tree, key, value, f"override {override!r}")
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from megatron_zaya.config.phases import phase_configs
 from megatron_zaya.config.sections import (
     CheckpointConfig,
     DataConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
+    PhaseConfig,
     RunSection,
     ScheduleConfig,
     Section,
@@ -30,6 +32,17 @@ class RunConfig(Section):
     data: DataConfig = Field(default_factory=DataConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     telemetry: TelemetryConfig = Field(default_factory=TelemetryConfig)
+    phases: list[PhaseConfig] = Field(default_factory=list)
+    """Parts of the run, one after the other; empty: the run is one part (see config/phases.py)."""
+
+    @model_validator(mode="after")
+    def _check_phases(self) -> RunConfig:
+        names = [phase.name for phase in self.phases]
+        if len(set(names)) != len(names):
+            raise ValueError(f"phases have equal names: {names}")
+        if self.phases:
+            phase_configs(self)
+        return self
 
     @property
     def run_dir(self) -> Path:

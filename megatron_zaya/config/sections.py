@@ -6,7 +6,8 @@ Units are in the names (`_tokens`, `_s`, `_bytes`) or in the description.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import math
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -168,6 +169,8 @@ class ScheduleConfig(Section):
     train_iters: PositiveInt = 1000
     global_batch_size: PositiveInt = 8
     """Sequences per optimizer step over all ranks."""
+    rampup_batch_size: Annotated[list[PositiveInt], Field(min_length=3, max_length=3)] | None = None
+    """[start, increment, samples]: the global batch grows from start by equal increments over that many samples."""
     micro_batch_size: PositiveInt = 1
     """Sequences per forward pass on one rank."""
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root"] = "cosine"
@@ -196,7 +199,42 @@ class ScheduleConfig(Section):
                 f"lr_warmup_iters={self.lr_warmup_iters} must be below the decay length {decay} "
                 "(lr_decay_iters, or train_iters)"
             )
+        if self.rampup_batch_size is not None:
+            start, increment, _ = self.rampup_batch_size
+            if start > self.global_batch_size or (self.global_batch_size - start) % increment:
+                raise ValueError(
+                    f"rampup_batch_size={self.rampup_batch_size} does not lead to global_batch_size="
+                    f"{self.global_batch_size}: their difference must be a multiple of the increment"
+                )
         return self
+
+    def batch_size_at(self, consumed_samples: int) -> int:
+        """Return the global batch size of the step that starts after ``consumed_samples``."""
+        if self.rampup_batch_size is None:
+            return self.global_batch_size
+        start, increment, samples = self.rampup_batch_size
+        sizes = (self.global_batch_size - start) // increment + 1
+        return min(start + consumed_samples * sizes // samples * increment, self.global_batch_size)
+
+    def _ramp(self, iterations: float, samples: float) -> tuple[int, int]:
+        """Return (iterations, samples) at the end of the ramp, or where one of the limits is reached first."""
+        done, consumed = 0, 0
+        while (
+            done < iterations and consumed < samples and (size := self.batch_size_at(consumed)) < self.global_batch_size
+        ):
+            done, consumed = done + 1, consumed + size
+        return done, consumed
+
+    @property
+    def train_samples(self) -> int:
+        """Samples of the whole run."""
+        done, consumed = self._ramp(self.train_iters, math.inf)
+        return consumed + (self.train_iters - done) * self.global_batch_size
+
+    def iterations_for(self, samples: int) -> int:
+        """Return the number of iterations that consume at least ``samples``."""
+        done, consumed = self._ramp(math.inf, samples)
+        return done + max(0, -(-(samples - consumed) // self.global_batch_size))
 
 
 class DataConfig(Section):
@@ -250,6 +288,9 @@ class CheckpointConfig(Section):
     """Checkpoint folder to start from; missing is an error. None resumes from the run folder, if any."""
     load_iteration: NonNegativeInt | None = None
     """Iteration to load; None means the newest complete one."""
+    continue_from: str | None = None
+    """Folder of a run whose last checkpoint gives weights, optimizer and balancing state to the first start of this
+    one, which begins its own schedule and order of samples; phases set it."""
     load_optimizer: bool = True
     """False takes the weights only and starts at iteration 0."""
 
@@ -290,3 +331,13 @@ class RunSection(Section):
     backend: Literal["auto", "nccl", "gloo"] = "auto"
     """Communication library; auto is nccl (RCCL on ROCm) with an accelerator, else gloo."""
     distributed_timeout_s: PositiveInt = 600
+
+
+class PhaseConfig(Section):
+    """One part of a run: what it changes, and for how long."""
+
+    name: Annotated[str, Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    train_tokens: PositiveInt
+    """Length of the phase; rounded up to whole steps, it replaces schedule.train_iters."""
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    """section.key: value; any setting of the run file, layout and data included."""

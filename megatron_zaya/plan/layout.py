@@ -156,6 +156,9 @@ def _batch_problems(config: RunConfig, world_size: int) -> list[str]:
         return _not_divided(
             "schedule.global_batch_size", s.global_batch_size, per_step, "micro_batch_size x data-parallel size"
         )
+    for size in (s.rampup_batch_size or [])[:2]:
+        if size % per_step:
+            return _not_divided("schedule.rampup_batch_size", size, per_step, "micro_batch_size x data-parallel size")
     micro_batches = s.global_batch_size // per_step
     if p.virtual_pipeline_model_parallel_size is not None and micro_batches % pp:
         return [f"interleaving needs a multiple of {pp} micro-batches, not {micro_batches}"]

@@ -13,6 +13,7 @@ from ckpt.save import Save
 from ckpt.steps import newest_valid
 from megatron_zaya.compat.mcore import allocate_optimizer_state, set_steps_done, steps_done
 from megatron_zaya.config import ConfigError, RunConfig
+from megatron_zaya.preconditions import begins_phase
 from megatron_zaya.train.shards import RNG, job_shards, optimizer_parts, random_shards, set_random_state
 from megatron_zaya.train.state import TrainingJob, TrainState
 
@@ -37,8 +38,11 @@ def save_job(checkpointer: Checkpointer, job: TrainingJob) -> Save:
     return checkpointer.save(job.state.iteration, shards, _common(job), layout=layout)
 
 
-def _check_same_model(saved: dict[str, Any], config: RunConfig, folder: Path) -> None:
-    ours = config.model.model_dump(mode="json")
+MAY_CHANGE_BETWEEN_PHASES = {"rotary_base", "sliding_rotary_base", "max_position_embeddings"}
+
+
+def _check_same_model(saved: dict[str, Any], config: RunConfig, folder: Path, new_phase: bool) -> None:
+    ours = config.model.model_dump(mode="json", exclude=MAY_CHANGE_BETWEEN_PHASES if new_phase else None)
     differing = [
         f"{key}: {saved['model'].get(key)!r} there, {value!r} here"
         for key, value in ours.items()
@@ -51,7 +55,8 @@ def _check_same_model(saved: dict[str, Any], config: RunConfig, folder: Path) ->
 def load_job(job: TrainingJob, root: Path, iteration: int | None) -> LoadReport:
     """Load a step into the job, in place. Collective.
 
-    With `checkpoint.load_optimizer: false` only the weights are taken and the run starts at iteration 0.
+    With `checkpoint.load_optimizer: false` only the weights are taken and the run starts at iteration 0. At the
+    beginning of a phase weights, optimizer and balancing state are taken; cursor and schedule start at 0.
 
     Args:
         job: the run.
@@ -63,7 +68,8 @@ def load_job(job: TrainingJob, root: Path, iteration: int | None) -> LoadReport:
         CheckpointError: it cannot be read.
     """
     everything = job.config.checkpoint.load_optimizer
-    _check_same_model(newest_valid(root, iteration).common["config"], job.config, root)
+    new_phase = begins_phase(job.config, root)
+    _check_same_model(newest_valid(root, iteration).common["config"], job.config, root, new_phase)
     shards = job_shards(job, with_optimizer=everything, loading=True, allocate=allocate_optimizer_state)
     generators = random_shards(job) if everything else {}
     checkpointer = Checkpointer(root)
@@ -74,13 +80,16 @@ def load_job(job: TrainingJob, root: Path, iteration: int | None) -> LoadReport:
         return report
     common = report.common
     loaded = TrainState(**common["train_state"])
+    set_steps_done(optimizer_parts(job.optimizer), common["optimizer_steps"])
+    if new_phase:
+        job.state.balancing_updates = loaded.balancing_updates
+        return report
     if loaded.data_fingerprint != job.state.data_fingerprint:
         raise ConfigError(
             f"checkpoint {root} (iteration {report.iteration}) was trained on another order of samples "
             f"({loaded.data_fingerprint} there, {job.state.data_fingerprint} here): data.*, run.seed or the number of "
             "epochs differ; restore them, or start from its weights with checkpoint.load_optimizer=false"
         )
-    set_steps_done(optimizer_parts(job.optimizer), common["optimizer_steps"])
     job.scheduler.load_state_dict(common["scheduler"])
     job.state = loaded
     if report.missing:

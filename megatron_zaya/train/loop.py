@@ -18,7 +18,7 @@ from megatron_zaya.train.step import StepResult, train_step
 
 def _step_event(job: TrainingJob, result: StepResult, learning_rate: float, step_time_s: float) -> StepDone:
     schedule, data = job.config.schedule, job.config.data
-    tokens = schedule.global_batch_size * data.seq_length
+    tokens = result.global_batch_size * data.seq_length
     return StepDone(
         iteration=job.state.iteration,
         train_iters=schedule.train_iters,
@@ -27,7 +27,7 @@ def _step_event(job: TrainingJob, result: StepResult, learning_rate: float, step
         loss=result.loss,
         grad_norm=result.grad_norm,
         learning_rate=learning_rate,
-        global_batch_size=schedule.global_batch_size,
+        global_batch_size=result.global_batch_size,
         step_time_s=step_time_s,
         tokens_per_s=tokens / step_time_s,
         **asdict(result.load),

@@ -151,7 +151,7 @@ def _build_data(config: RunConfig, env: RankContext) -> Datasets:
     held_out = schedule.eval_iters * schedule.global_batch_size if schedule.eval_interval else 0
     return build_datasets(
         config.data,
-        train_samples=schedule.train_iters * schedule.global_batch_size,
+        train_samples=schedule.train_samples,
         valid_samples=held_out,
         seed=config.run.seed,
         local_rank=env.local_rank,
@@ -254,7 +254,7 @@ def build_job(config: RunConfig, env: RankContext, device: torch.device) -> Trai
         job.resumed_from = f"{start[0]} iteration {report.iteration}"
     if job.state.iteration < config.schedule.train_iters:
         sampler = ResumableSampler(
-            config.schedule.train_iters * config.schedule.global_batch_size,
+            config.schedule.train_samples,
             job.state.consumed_samples,
             config.schedule.micro_batch_size,
             pg_collection.dp.rank(),

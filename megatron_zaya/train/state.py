@@ -73,6 +73,10 @@ class TrainingJob:
 
     @property
     def num_microbatches(self) -> int:
-        """Forward passes per optimizer step on this rank."""
-        schedule = self.config.schedule
-        return schedule.global_batch_size // (schedule.micro_batch_size * self.data_parallel_size)
+        """Forward passes of the next optimizer step on this rank."""
+        return self.global_batch_size // (self.config.schedule.micro_batch_size * self.data_parallel_size)
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples of the next optimizer step over all ranks."""
+        return self.config.schedule.batch_size_at(self.state.consumed_samples)

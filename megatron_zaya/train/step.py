@@ -27,6 +27,7 @@ class StepResult:
 
     loss: float
     grad_norm: float
+    global_batch_size: int
     load: LoadReport
     stop_signal: int
     save_asked: bool
@@ -137,6 +138,7 @@ def train_step(job: TrainingJob) -> StepResult:
     Raises:
         TrainingError: loss or gradient is not finite, and `schedule.nan_policy` does not let the step be left out.
     """
+    batch_size = job.global_batch_size
     job.busy.start()
     for chunk in job.model:
         chunk.zero_grad_buffer()
@@ -150,10 +152,10 @@ def train_step(job: TrainingJob) -> StepResult:
         job.state.balancing_updates = job.balancer.step(counts_MLN, job.state.balancing_updates)
     job.scheduler.step(increment=1)
     job.state.iteration += 1
-    job.state.consumed_samples += job.config.schedule.global_batch_size
+    job.state.consumed_samples += batch_size
 
     load, stop_signal, save_asked = _summarise(job, counts_MLN.sum(dim=0))
-    return StepResult(mean_loss, grad_norm, load, stop_signal, save_asked, skipped=not updated)
+    return StepResult(mean_loss, grad_norm, batch_size, load, stop_signal, save_asked, skipped=not updated)
 
 
 @torch.no_grad()
@@ -168,7 +170,8 @@ def evaluate(job: TrainingJob) -> tuple[float, int]:
     ]
     for chunk in job.model:
         chunk.eval()
-    loss = _run_schedule(job, data, job.num_microbatches * schedule.eval_iters, forward_only=True)
+    batches = schedule.global_batch_size * schedule.eval_iters // (schedule.micro_batch_size * job.data_parallel_size)
+    loss = _run_schedule(job, data, batches, forward_only=True)
     for chunk in job.model:
         chunk.train()
     torch.distributed.all_reduce(loss, group=job.pg_collection.dp_cp)
