@@ -22,7 +22,7 @@ import torch
 from torch.distributed import ProcessGroup
 
 from ckpt.errors import CheckpointError
-from ckpt.manifest import piece_record, tensor_records
+from ckpt.manifest import MANIFEST, piece_record, tensor_records
 from ckpt.memory import Ring, parts_of, stage
 from ckpt.rankfile import FilePlan, plan_file
 from ckpt.restore import LoadReport, load_newest
@@ -113,12 +113,39 @@ class Checkpointer:
         Raises:
             CheckpointError: the description cannot be saved (two tensors of one name, an unknown type, no JSON).
         """
+        return self._start(iteration, shards, common, layout or {}, score, None)
+
+    def save_into(self, folder: Path, shards: Sequence[Shard], iteration: int = 0, common: Any = None) -> Save:
+        """Save into a folder of the caller's, which must hold no step; for adapters to other programs' interfaces.
+
+        The folder is a step once its manifest is there, which comes last. All ranks call it.
+
+        Raises:
+            CheckpointError: the description cannot be saved, or the folder holds a step already.
+        """
+        if (folder / MANIFEST).exists():
+            raise CheckpointError(f"{folder}: holds a checkpoint already; save into a new folder")
+        return self._start(iteration, shards, common, {}, None, folder)
+
+    def _start(
+        self,
+        iteration: int,
+        shards: Sequence[Shard],
+        common: Any,
+        layout: dict[str, Any],
+        score: float | None,
+        folder: Path | None,
+    ) -> Save:
         start = time.monotonic()
         self._number += 1
         self._agree_on_session()
         plan = self._plan_of(shards)
         order = self._order(iteration, plan, common, layout, score)
-        save = Save(iteration, plan.size, commits=self.rank == 0)
+        if folder is not None:
+            order["folder"] = str(folder.absolute())
+            if order["commit"] is not None:
+                order["commit"]["publish"] = False
+        save = Save(iteration, plan.size, order["save_id"], commits=self.rank == 0)
         try:
             save.waited_s = self._make_room()
             self._saves[self._number], self._orders[self._number] = save, order
@@ -155,6 +182,12 @@ class Checkpointer:
             finished += self.poll()
         return finished
 
+    def wait_for_part(self, save: Save) -> None:
+        """Wait until this rank's file of ``save`` is on the disk, or the save is given up."""
+        while save.part_s is None and not save.done:
+            self._hear()
+            time.sleep(0.002)
+
     def progress(self) -> tuple[int, int]:
         """Return (bytes written, bytes to write) of the newest save of this rank; (0, 0) if none is under way."""
         running = [save for save in self._saves.values() if save.part_s is None and not save.done]
@@ -182,7 +215,7 @@ class Checkpointer:
         return self._plan[1]
 
     def _order(
-        self, iteration: int, plan: FilePlan, common: Any, layout: dict[str, Any] | None, score: float | None
+        self, iteration: int, plan: FilePlan, common: Any, layout: dict[str, Any], score: float | None
     ) -> dict[str, Any]:
         save_id = f"{self._session}-{self._number}"
         order: dict[str, Any] = {
@@ -201,7 +234,7 @@ class Checkpointer:
                 "ranks": list(range(self.world_size)),
                 "timeout_s": self.commit_timeout_s,
                 "common": common,
-                "layout": layout or {},
+                "layout": layout,
                 "libraries": {"torch": torch.__version__, "python": platform.python_version()},
                 "retention": asdict(self.retention),
                 "score": score,

@@ -14,6 +14,8 @@ class Save:
     iteration: int
     size: int
     """Bytes of this rank's file."""
+    save_id: str = ""
+    """Differs for any two saves, equal on all ranks."""
     stall_s: float = 0.0
     """Seconds for which the call held training up."""
     waited_s: float = 0.0

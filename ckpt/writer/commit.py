@@ -45,6 +45,11 @@ class CommitOrder:
     publish: bool = True
     """Rename the folder to the step's name; False leaves it where it is (its name is the caller's)."""
 
+    @property
+    def failure(self) -> Path:
+        """What appears in a folder that is not published when the save has failed."""
+        return self.folder / f"{self.save_id}.failed"
+
 
 def commit(order: CommitOrder, storage: Storage) -> Path:
     """Wait for the parts and publish the step; return its folder.
@@ -58,7 +63,7 @@ def commit(order: CommitOrder, storage: Storage) -> Path:
         manifest = _merge(order)
         storage.write_small(order.folder / MANIFEST, manifest_bytes(manifest))
         for rank in order.ranks:
-            storage.unlink(order.folder / part_name(rank))
+            storage.unlink(order.folder / part_name(rank, order.save_id))
         storage.sync_folder(order.folder)
         if not order.publish:
             return order.folder
@@ -66,6 +71,9 @@ def commit(order: CommitOrder, storage: Storage) -> Path:
     except BaseException:
         if order.publish:
             storage.remove_tree(order.folder)
+        else:
+            with contextlib.suppress(OSError):
+                storage.write_small(order.failure, b"")
         raise
     with contextlib.suppress(OSError):  # the step is safe; what follows is convenience
         _tidy(order, storage)
@@ -76,10 +84,10 @@ def _wait_for_parts(order: CommitOrder, storage: Storage) -> None:
     deadline, pause = time.monotonic() + order.timeout_s, 0.002
     while True:
         names = set(storage.names(order.folder))
-        failed = [rank for rank in order.ranks if failure_name(rank) in names]
+        failed = [rank for rank in order.ranks if failure_name(rank, order.save_id) in names]
         if failed:
             raise CheckpointError(f"rank {failed[0]} could not write its part")
-        missing = [rank for rank in order.ranks if part_name(rank) not in names]
+        missing = [rank for rank in order.ranks if part_name(rank, order.save_id) not in names]
         if not missing:
             return
         if time.monotonic() > deadline:
@@ -96,7 +104,7 @@ def _merge(order: CommitOrder) -> Manifest:
     tensors: dict[str, Any] = {}
     files = []
     for rank in order.ranks:
-        path = order.folder / part_name(rank)
+        path = order.folder / part_name(rank, order.save_id)
         part = unseal("part", path.read_bytes(), path)
         if part["save_id"] != order.save_id:
             raise CorruptCheckpointError(f"{path}: belongs to save {part['save_id']}, not to {order.save_id}")

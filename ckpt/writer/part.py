@@ -42,14 +42,14 @@ class PartOrder:
         return f"rank_{self.rank:05d}.safetensors"
 
 
-def part_name(rank: int) -> str:
+def part_name(rank: int, save_id: str) -> str:
     """Return the name of the file that says a rank's part is complete."""
-    return f"rank_{rank:05d}.part.json"
+    return f"rank_{rank:05d}.{save_id}.part.json"
 
 
-def failure_name(rank: int) -> str:
+def failure_name(rank: int, save_id: str) -> str:
     """Return the name of the file that says a rank's part will never be complete."""
-    return f"rank_{rank:05d}.failed"
+    return f"rank_{rank:05d}.{save_id}.failed"
 
 
 def write_part(order: PartOrder, arena: Arena, storage: Storage, parent_alive: Callable[[], bool]) -> int:
@@ -70,7 +70,7 @@ def write_part(order: PartOrder, arena: Arena, storage: Storage, parent_alive: C
     file = {"name": order.file_name, "bytes": order.size, "chunk_bytes": CHUNK_BYTES, "chunks": chunks}
     record = {"save_id": order.save_id, "tensors": order.tensors, "file": file | {"pieces": order.pieces}}
     storage.sync_folder(order.folder)
-    storage.write_small(order.folder / part_name(order.rank), seal("part", record))
+    storage.write_small(order.folder / part_name(order.rank, order.save_id), seal("part", record))
     storage.sync_folder(order.folder)
     return order.size
 
@@ -78,11 +78,11 @@ def write_part(order: PartOrder, arena: Arena, storage: Storage, parent_alive: C
 def report_failure(order: PartOrder, storage: Storage) -> None:
     """Tell the rank that commits not to wait: by renaming what is there, for a full disk creates nothing."""
     try:
-        storage.rename(order.folder / order.file_name, order.folder / failure_name(order.rank))
+        storage.rename(order.folder / order.file_name, order.folder / failure_name(order.rank, order.save_id))
     except OSError:
         try:
             storage.make_folder(order.folder)
-            storage.write_small(order.folder / failure_name(order.rank), b"")
+            storage.write_small(order.folder / failure_name(order.rank, order.save_id), b"")
         except OSError:
             pass  # then the committing rank waits for its time limit
 
