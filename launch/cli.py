@@ -148,6 +148,31 @@ def data_prepare(
     print(report.summary())
 
 
+@data_app.command("pack")
+def data_pack(
+    prefix: Annotated[Path, typer.Argument(help="Prefix of a .bin/.idx pair of documents.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Prefix of the .bin/.idx pair to write.")],
+    seq_length: Annotated[int, typer.Option(min=2, help="Tokens of a window: data.seq_length of the run.")],
+    tokenizer: Annotated[str, typer.Option(help='"byte", or a folder with a tokenizer.json.')] = "byte",
+    reasoning_begin: Annotated[str, typer.Option(help="Text before the reasoning, for example <think>.")] = "",
+    reasoning_end: Annotated[str, typer.Option(help="Text after the reasoning, for example </think>.")] = "",
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing pair.")] = False,
+) -> None:
+    """Pack whole documents into windows (best fit); trim the reasoning of those that are too long, keep the answer."""
+    from megatron_zaya.data.packing import pack
+
+    report = pack(
+        prefix,
+        output,
+        seq_length,
+        tokenizer,
+        reasoning_begin=reasoning_begin,
+        reasoning_end=reasoning_end,
+        overwrite=overwrite,
+    )
+    print(report.summary())
+
+
 def main() -> None:
     """Run the command line; a user's mistake becomes one message and exit status 2."""
     try:

@@ -83,6 +83,7 @@ def check_data(config: DataSettings) -> None:
     for prefix in blend.prefixes:
         index = read_index(prefix)
         _check_tokenizer(prefix, config.tokenizer_model, identity)
+        _check_windows(prefix, config.seq_length)
         for name, bounds in zip(SPLITS, split_bounds(config.split, index.sequences), strict=False):
             if bounds is not None:
                 _check_split(index, name, bounds, config)
@@ -143,6 +144,17 @@ def _check_tokenizer(prefix: str, configured: str, identity: dict[str, Any]) -> 
         value=configured,
         remedy=f"Set data.tokenizer_model to {by}, or prepare the data again with this one",
     )
+
+
+def _check_windows(prefix: str, seq_length: int) -> None:
+    packed = (read_sidecar(prefix) or {}).get("window_tokens")
+    if packed not in (None, seq_length):
+        raise DataError(
+            f"the data were packed into windows of {packed} tokens",
+            where=f"{prefix}, data.seq_length",
+            value=seq_length,
+            remedy=f"Set data.seq_length to {packed}, or pack again (zaya data pack)",
+        )
 
 
 def _check_split(index: IndexFile, name: str, bounds: tuple[int, int], config: DataSettings) -> None:
