@@ -261,7 +261,7 @@ class Controller:
         self._send_all("kill")
         await self._reap(attempt)
         hosts = list(dict.fromkeys(view.host for view in attempt.ranks.values()))
-        self.failures.append(Failure(cause, attempt.iteration, odd.silent if odd else False))
+        self.failures.append(Failure(cause, attempt.iteration, odd.silent if odd else False, attempt.part))
         decision = decide(self.failures, self.job.policy)
         if decision.exclude:
             exclude(self.job.folder, decision.exclude, cause.sentence())

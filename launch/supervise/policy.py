@@ -34,6 +34,8 @@ class Failure:
     iteration: int
     silent: bool = False
     """A hang in which the culprit did not answer."""
+    part: str = ""
+    """The phase of the run; iterations count anew in each."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,10 @@ def _to_exclude(failures: Sequence[Failure], policy: Policy) -> bool:
 
 def failures_without_progress(failures: Sequence[Failure]) -> int:
     """Return how many of the newest failures in a row came before any new iteration was reached."""
-    best, stuck = -1, 0
+    best: dict[str, int] = {}
+    stuck = 0
     for failure in failures:
-        stuck = 1 if failure.iteration > best else stuck + 1
-        best = max(best, failure.iteration)
+        reached = best.get(failure.part, -1)
+        stuck = 1 if failure.iteration > reached else stuck + 1
+        best[failure.part] = max(reached, failure.iteration)
     return stuck

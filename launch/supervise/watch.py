@@ -85,6 +85,11 @@ class Watch:
         """The furthest iteration that any rank has reported."""
         return max((int(view.heartbeat.get("iteration", 0)) for view in self.ranks.values()), default=0)
 
+    @property
+    def part(self) -> str:
+        """The part of the run (its phase) that was last trained; empty before the first step."""
+        return max((str(view.heartbeat.get("part", "")) for view in self.ranks.values()), default="")
+
     def trained(self) -> bool:
         """True once every rank has done a step."""
         return all("step" in view.heartbeat.get("since", {}) for view in self.ranks.values())
