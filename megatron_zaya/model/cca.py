@@ -96,7 +96,8 @@ def causal_convolutions(
         position_SB: position of each token in its document, where there are several: rows before it are zero.
 
     Returns:
-        [S, B, C] in the dtype of ``x_SBC``.
+        [T, X, D] for the T = S * B tokens and X = C / D heads, in the dtype of ``x_SBC``; X is its outer dimension in
+        memory.
     """
     batch, dtype, head_width = x_SBC.shape[1], x_SBC.dtype, grouped_weight.shape[1]
     weight_kXDD, bias_X1D = merge_convolutions(depthwise_weight, depthwise_bias, grouped_weight, grouped_bias)
@@ -108,8 +109,8 @@ def causal_convolutions(
     for chunk_SBC, before_PBC, position_T in zip(x_SBC.chunk(len(before)), before, positions, strict=True):
         x_XRD = torch.cat([before_PBC, chunk_SBC]).unflatten(-1, (-1, head_width)).flatten(0, 1).transpose(0, 1)
         out_XTD = causal_taps(x_XRD, weight_kXDD, bias_X1D, batch, position_T)
-        out.append(out_XTD.transpose(0, 1).reshape(chunk_SBC.shape))
-    return out[0] if len(out) == 1 else torch.cat(out)
+        out.append(out_XTD)
+    return (out[0] if len(out) == 1 else torch.cat(out, dim=1)).transpose(0, 1)
 
 
 def merge_convolutions(
@@ -239,8 +240,8 @@ class CompressedConvolutionalAttention(MegatronModule):
         length_X1 = temperature_X1 * math.sqrt(self.config.kv_channels)
         q_conv, k_conv = self.conv_q(), self.conv_k()
         convolution = {name: torch.cat([q_conv[name], k_conv[name]]) for name in q_conv}
-        convolved_SBC = causal_convolutions(qk_SBC, **convolution, before=qk_before, position_SB=position_SB)
-        convolved_TXD, plain_TXD = (self.config.widened("qk_norm", x).view(heads) for x in (convolved_SBC, qk_SBC))
+        convolved_TXD = causal_convolutions(qk_SBC, **convolution, before=qk_before, position_SB=position_SB)
+        convolved_TXD, plain_TXD = (self.config.widened("qk_norm", x) for x in (convolved_TXD, qk_SBC.view(heads)))
         if self.kv_replica_group is not None:
             convolved_TXD = convolved_TXD + mean_of_other_queries(plain_TXD, self.kv_replica_group)
         qk_TXD = normalised_sum(convolved_TXD, plain_TXD, length_X1, self.query_heads)
