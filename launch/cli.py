@@ -15,6 +15,7 @@ import typer
 from ckpt.errors import CheckpointError
 from launch import job_cli
 from launch.errors import LaunchError
+from launch.plan_cli import app as plan_app
 from megatron_zaya.config import ConfigError, dump_config, json_schema, load_config
 from megatron_zaya.data.errors import DataError
 from topology.cli import app as topology_app
@@ -32,6 +33,7 @@ app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
 app.add_typer(optimizer_app, name="optimizer")
 app.add_typer(topology_app, name="topology")
+app.add_typer(plan_app, name="plan")
 
 RunFile = Annotated[Path, typer.Argument(help="Run file (YAML).")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, applied in order.")]

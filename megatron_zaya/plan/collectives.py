@@ -175,10 +175,9 @@ def _replicated(m: ModelShape, layout: Layout, pp_rank: int) -> int:
     total = 0
     sizes = layout.layers_of_stages(m.num_layers)
     for stage in range(pp_rank, layout.stages, layout.pp):
-        first = sum(sizes[:stage])
-        for index in range(first, first + sizes[stage]):
+        for count, index in ((sizes[stage] - (stage == 0), m.num_layers), (int(stage == 0), 0)):
             # What halves with two ranks is split; the rest is replicated.
             whole, part = layer_parameters(m, alone, index).dense, layer_parameters(m, split, index).dense
-            total += 2 * part - whole
+            total += (2 * part - whole) * count
         total += 2 * m.hidden_size * (stage == 0) + m.hidden_size * (stage == layout.stages - 1)
     return total

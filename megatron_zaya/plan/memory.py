@@ -8,6 +8,7 @@ apart and settable.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from math import erf, sqrt
 
@@ -341,11 +342,12 @@ def plan_memory(
     precision: Precision | None = None,
     options: Options | None = None,
     allowances: Allowances | None = None,
+    ranks: Collection[int] | None = None,
 ) -> Memory:
-    """Return the memory of every pipeline rank."""
+    """Return the memory of every pipeline rank, or of some (the first, the second or the last needs most)."""
     stages = tuple(
         stage_memory(m, layout, batch, rank, precision=precision, options=options, allowances=allowances)
-        for rank in range(layout.pp)
+        for rank in (range(layout.pp) if ranks is None else sorted(ranks))
     )
     staging = max(stage.optimizer for stage in stages) + max(stage.parameters for stage in stages) / max(1, layout.dp)
     return Memory(stages, staging)

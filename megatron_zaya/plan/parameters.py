@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -30,6 +31,11 @@ class Parameters:
             max(self.largest_dense, other.largest_dense),
             max(self.largest_expert, other.largest_expert),
         )
+
+    def times(self, count: int) -> Parameters:
+        """Return ``count`` copies side by side."""
+        sizes = (self.dense * count, self.expert * count, self.dense_matrices * count)
+        return Parameters(*sizes, self.largest_dense, self.largest_expert)
 
     @property
     def total(self) -> int:
@@ -78,7 +84,6 @@ def router_parameters(m: ModelShape, first_layer: bool) -> int:
     return (m.hidden_size + 1) * r + state + r + 2 * (r + 1) * r + r * (m.num_moe_experts + 1)
 
 
-@lru_cache(maxsize=65536)
 def layer_parameters(m: ModelShape, layout: Layout, index: int) -> Parameters:
     """Return what layer ``index`` (0-based) puts on a rank."""
     dense = attention_parameters(m, layout.tp) + 2 * _norm(m)
@@ -115,9 +120,13 @@ def chunk_parameters(m: ModelShape, layout: Layout, stage: int) -> Parameters:
     """Return what virtual stage ``stage`` puts on a rank."""
     sizes = layout.layers_of_stages(m.num_layers)
     first = sum(sizes[:stage])
+    last = first + sizes[stage]
+    # Layers are alike but for the first one of the model and the dense ones of a mixture.
+    kinds = Counter((index == 0, m.is_moe_layer(index)) for index in range(first, last))
     total = Parameters()
-    for index in range(first, first + sizes[stage]):
-        total = total + layer_parameters(m, layout, index)
+    for (is_first, is_moe), count in kinds.items():
+        index = 0 if is_first else m.num_layers if is_moe or not m.num_moe_experts else m.num_dense_layers - 1
+        total = total + layer_parameters(m, layout, index).times(count)
     if stage == 0:
         total = total + embedding_parameters(m, layout.tp)
     if stage == layout.stages - 1:
@@ -128,6 +137,14 @@ def chunk_parameters(m: ModelShape, layout: Layout, stage: int) -> Parameters:
 
 def rank_parameters(m: ModelShape, layout: Layout, pp_rank: int) -> Parameters:
     """Return what all virtual stages of a pipeline rank put on it."""
+    degrees = Layout(
+        tp=layout.tp, pp=layout.pp, vp=layout.vp, ep=layout.ep, etp=layout.etp, stage_layers=layout.stage_layers
+    )
+    return _rank_parameters(m, degrees, pp_rank)
+
+
+@lru_cache(maxsize=65536)
+def _rank_parameters(m: ModelShape, layout: Layout, pp_rank: int) -> Parameters:
     total = Parameters()
     for stage in range(pp_rank, layout.stages, layout.pp):
         total = total + chunk_parameters(m, layout, stage)

@@ -8,6 +8,7 @@ world (`Layout.dp` and `Layout.edp` are what is left).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from megatron_zaya.config import RunConfig
@@ -84,6 +85,11 @@ class ModelShape:
         return self.num_moe_experts > 0 and index >= self.num_dense_layers
 
 
+@lru_cache(maxsize=4096)
+def _even(num_layers: int, stages: int) -> tuple[int, ...]:
+    return tuple(num_layers // stages + (i < num_layers % stages) for i in range(stages))
+
+
 @dataclass(frozen=True)
 class Layout:
     """Degrees and switches of one job; names are short forms of Megatron's."""
@@ -127,7 +133,7 @@ class Layout:
         """Layers of each virtual stage, in the order a token passes them."""
         if self.stage_layers is not None:
             return self.stage_layers
-        return tuple(num_layers // self.stages + (i < num_layers % self.stages) for i in range(self.stages))
+        return _even(num_layers, self.stages)
 
     def describe(self) -> str:
         """The degrees that are not 1, the recomputation, on one line."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from megatron_zaya.plan.activations import Options, Tokens, layer_footprints
 from megatron_zaya.plan.collectives import Flow, group, layer_flows, step_flows
@@ -218,57 +219,80 @@ def stage_time(
     return total
 
 
-def simulate(layout: Layout, microbatches: int, times: list[StageTime], hop_s: float) -> tuple[float, list[float]]:
-    """Return the length of the passes of a step and the idle time of each pipeline rank, event by event.
+class Event(NamedTuple):
+    """One pass of one micro-batch through one virtual stage, when it happens."""
 
-    A pass starts when its rank is free and its input has arrived. Many micro-batches repeat the same pattern: beyond
-    some turns the rest is extrapolated.
-    """
-    pp, vp = layout.pp, layout.vp
-    if pp == 1:
-        total = microbatches * sum(t.forward_s + t.backward_s for t in times)
-        return total, [0.0]
-    turns = 4 * pp
-    if microbatches > 2 * turns:
-        short, idle = simulate(layout, turns, times, hop_s)
-        longer, _ = simulate(layout, 2 * turns, times, hop_s)
-        rest = (microbatches - turns) / turns * (longer - short)
-        return short + rest, [i + rest - _busy(layout, times, r) * (microbatches - turns) for r, i in enumerate(idle)]
-    orders = [
-        passes(pp, vp, microbatches, rank, "gpipe" if layout.schedule == "gpipe" else "1f1b") for rank in range(pp)
-    ]
-    forward = [t.forward_s for t in times]
-    backward = [t.backward_s for t in times]
+    rank: int
+    forward: bool
+    microbatch: int
+    stage: int
+    start_s: float
+    length_s: float
+
+
+Timeline = list[Event]
+
+
+def timeline(layout: Layout, microbatches: int, times: list[StageTime], hop_s: float) -> Timeline:
+    """Return every pass of a step. A pass starts when its rank is free and its input has arrived."""
+    pp = layout.pp
+    orders = [passes(pp, layout.vp, microbatches, rank, layout.schedule) for rank in range(pp)]
     done: dict[tuple[bool, int, int], float] = {}
     clock, position = [0.0] * pp, [0] * pp
-    waiting = set(range(pp))
-    while waiting:
-        moved = False
-        for rank in list(waiting):
+    events: Timeline = []
+    while any(position[rank] < len(orders[rank]) for rank in range(pp)):
+        before = len(events)
+        for rank in range(pp):
             while position[rank] < len(orders[rank]):
-                is_forward, micro, chunk = orders[rank][position[rank]]
+                forward, micro, chunk = orders[rank][position[rank]]
                 stage = chunk * pp + rank
-                if is_forward:
-                    ready = 0.0 if stage == 0 else done.get((True, micro, stage - 1), -1.0)
-                elif stage == layout.stages - 1:
-                    ready = done.get((True, micro, stage), -1.0) - hop_s
-                else:
-                    ready = done.get((False, micro, stage + 1), -1.0)
-                if ready < -hop_s:
+                arrival = _arrival(done, forward, micro, stage, layout.stages, hop_s)
+                if arrival is None:
                     break
-                if ready == -1.0:
-                    break
-                arrival = ready + hop_s if (stage or not is_forward) else 0.0
-                duration = forward[stage] if is_forward else backward[stage]
-                clock[rank] = max(clock[rank], arrival) + duration
-                done[is_forward, micro, stage] = clock[rank]
+                length = times[stage].forward_s if forward else times[stage].backward_s
+                start = max(clock[rank], arrival)
+                clock[rank] = done[forward, micro, stage] = start + length
+                events.append(Event(rank, forward, micro, stage, start, length))
                 position[rank] += 1
-                moved = True
-            if position[rank] == len(orders[rank]):
-                waiting.discard(rank)
-        assert moved, "a schedule whose passes wait for each other"
-    end = max(clock)
-    return end, [end - microbatches * _busy(layout, times, rank) for rank in range(pp)]
+        assert len(events) > before, "a schedule whose passes wait for each other"
+    return events
+
+
+def _arrival(
+    done: dict[tuple[bool, int, int], float], forward: bool, micro: int, stage: int, stages: int, hop_s: float
+) -> float | None:
+    """Return when the input of a pass is there; None if the pass that makes it has not run."""
+    if forward:
+        if stage == 0:
+            return 0.0
+        ready = done.get((True, micro, stage - 1))
+    elif stage == stages - 1:
+        return done.get((True, micro, stage))
+    else:
+        ready = done.get((False, micro, stage + 1))
+    return None if ready is None else ready + hop_s
+
+
+def simulate(layout: Layout, microbatches: int, times: list[StageTime], hop_s: float) -> tuple[float, list[float]]:
+    """Return the length of the passes of a step and the idle time of each pipeline rank.
+
+    Many micro-batches repeat the same pattern: beyond some turns the rest is extrapolated.
+    """
+    pp = layout.pp
+    if pp == 1:
+        return microbatches * _busy(layout, times, 0), [0.0]
+    turns = 2 * pp
+    if microbatches > turns + pp:
+        short, _ = simulate(layout, turns, times, hop_s)
+        longer, _ = simulate(layout, turns + pp, times, hop_s)
+        end = short + (microbatches - turns) / pp * (longer - short)
+    else:
+        end = max(event.start_s + event.length_s for event in timeline(layout, microbatches, times, hop_s))
+    idle = [end - microbatches * _busy(layout, times, rank) for rank in range(pp)]
+    if layout.schedule == "zb1p":  # weight gradients fill two thirds of the bubble (arXiv 2401.10241, section 2)
+        saved = 2 / 3 * min(idle)
+        end, idle = end - saved, [rank_idle - saved for rank_idle in idle]
+    return end, idle
 
 
 def _busy(layout: Layout, times: list[StageTime], rank: int) -> float:
@@ -301,6 +325,23 @@ def _newton_schulz_s(m: ModelShape, layout: Layout, device: Accelerator, share: 
     return one * matrices * share
 
 
+def stage_times(
+    m: ModelShape, layout: Layout, batch: Batch, device: Accelerator, network: Network, options: Options,
+    assume: Assumptions,
+) -> list[StageTime]:  # fmt: skip
+    """Return the times of every virtual stage for one micro-batch."""
+    cache: dict[bool, StageTime] = {}
+    return [
+        stage_time(m, layout, batch, device, network, assume, options, stage, cache) for stage in range(layout.stages)
+    ]
+
+
+def hop_time_s(m: ModelShape, layout: Layout, batch: Batch, network: Network, precision: Precision) -> float:
+    """Return the time from one stage to the next."""
+    flows = step_flows(m, layout, batch, precision, 0)
+    return max((_price(flow, layout, network) for flow in flows if flow.where == "stage"), default=0.0)
+
+
 def plan_step_time(
     m: ModelShape,
     layout: Layout,
@@ -314,14 +355,10 @@ def plan_step_time(
 ) -> StepTime:
     """Return the predicted time of one optimizer step."""
     precision, options, assume = precision or Precision(), options or Options(), assume or Assumptions()
-    cache: dict[bool, StageTime] = {}
-    times = [
-        stage_time(m, layout, batch, device, network, assume, options, stage, cache) for stage in range(layout.stages)
-    ]
+    times = stage_times(m, layout, batch, device, network, options, assume)
     micro = batch.microbatches(layout)
     flows = step_flows(m, layout, batch, precision, 0)
-    hop = max((_price(flow, layout, network) for flow in flows if flow.where == "stage"), default=0.0)
-    _, idle = simulate(layout, micro, times, hop)
+    _, idle = simulate(layout, micro, times, hop_time_s(m, layout, batch, network, precision))
     slowest = max(range(layout.pp), key=lambda rank: _busy(layout, times, rank))
     parts: dict[str, float] = {}
     for stage in range(slowest, layout.stages, layout.pp):

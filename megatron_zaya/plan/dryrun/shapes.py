@@ -96,8 +96,8 @@ def execute(function: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         return torch.zeros(args[0], dtype=kwargs["dtype"], device="cpu")
     if function is aten._local_scalar_dense.default:
         return 1.0 if args[0].dtype.is_floating_point else 1
-    if function is aten._to_copy.default and _on_meta(args[0]) and kwargs.get("device", args[0].device).type == "cpu":
-        return torch.ones(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)  # a list of scalars is asked for
+    if function is aten._to_copy.default and kwargs.get("device") == torch.device("cpu") and _on_meta(args[0]):
+        return torch.ones(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype, device="cpu")
     if function is aten.masked_select.default:
         return args[0].new_empty(int(args[1].sum()))
     if function is aten._to_copy.default or not _any(inputs, _is_host):

@@ -1,0 +1,283 @@
+"""`zaya plan`: will it fit, how fast will it be, which layout is best, and is that so? Torch only in `dryrun`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from megatron_zaya.config import ConfigError, RunConfig, load_config
+
+if TYPE_CHECKING:
+    from megatron_zaya.plan.hardware import Accelerator, Network
+    from megatron_zaya.plan.search import Candidate, Wanted
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Memory, time, layouts."
+)
+RunFile = Annotated[Path, typer.Argument(help="Run file (YAML).")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, applied in order.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Nodes = Annotated[int | None, typer.Option(min=1, help="Whole nodes of the job.")]
+World = Annotated[int | None, typer.Option("--world-size", min=1, help="Ranks of the job, instead of --nodes.")]
+AcceleratorName = Annotated[str, typer.Option("--accelerator", help="MI300X, MI355X, A100, H100, ...")]
+Cluster = Annotated[Path | None, typer.Option(help="Cluster file whose fabric prices collectives.")]
+Skew = Annotated[float, typer.Option(min=1.0, help="Load of the busiest expert rank over the mean.")]
+NicsDown = Annotated[int, typer.Option(min=0, max=7, help="NICs of a node that are down.")]
+MemoryGib = Annotated[float | None, typer.Option(help="Memory of an accelerator, GiB; default: its own.")]
+Allowance = Annotated[
+    list[str] | None, typer.Option(help="What no shape shows: driver=1.5, collectives=2, workspace=0.25 (GiB).")
+]
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=190)
+
+
+def _machine(name: str, cluster: Path | None, memory_gib: float | None, nics_down: int) -> tuple[Accelerator, Network]:
+    from megatron_zaya.plan.hardware import Network, accelerator
+
+    device, fabric = accelerator(name), None
+    if memory_gib is not None:
+        device = replace(device, memory_bytes=int(memory_gib * 2**30))
+    if cluster is not None:
+        from topology.build import load_fabric
+        from topology.errors import TopologyError
+
+        try:
+            fabric = load_fabric(cluster)
+        except TopologyError as error:
+            raise ConfigError(str(error)) from None
+    return device, Network.of(device, fabric, nics_down)
+
+
+def _world_size(nodes: int | None, world_size: int | None, device: Accelerator) -> int:
+    if (nodes is None) == (world_size is None):
+        raise ConfigError("say how large the job is: --nodes, or --world-size")
+    return world_size if world_size is not None else (nodes or 1) * device.per_node
+
+
+def _wanted(
+    config: RunConfig, world_size: int, skew: float, probability: float, allowances: list[str] | None
+) -> Wanted:
+    from megatron_zaya.plan.activations import Options
+    from megatron_zaya.plan.search import Wanted
+    from megatron_zaya.plan.shape import batch_of, model_of, precision_of
+    from megatron_zaya.plan.step_time import Assumptions
+
+    batch = batch_of(config)
+    return Wanted(
+        model=model_of(config),
+        world_size=world_size,
+        seq_length=batch.seq_length,
+        global_batch_size=batch.global_batch_size,
+        precision=precision_of(config),
+        options=Options(loss_workspace_bytes=config.run.loss_workspace_mib * 2**20, expert_load=skew),
+        allowances=_allowances(allowances),
+        assume=Assumptions(skew=skew),
+        min_fit_probability=probability,
+    )
+
+
+def _allowances(given: list[str] | None) -> Any:
+    from megatron_zaya.plan.memory import GIB, Allowances
+
+    known = {"driver": "driver_bytes", "collectives": "collectives_bytes", "workspace": "workspace_bytes"}
+    changes = {}
+    for text in given or ():
+        name, equals, value = text.partition("=")
+        try:
+            changes[known[name]] = float(value) * GIB
+        except (KeyError, ValueError):
+            raise ConfigError(f"--allowance {text!r}: write NAME=GiB with one of {', '.join(known)}") from None
+        if not equals:
+            raise ConfigError(f"--allowance {text!r}: write NAME=GiB")
+    return Allowances(**changes)
+
+
+def _price(config: RunConfig, wanted: Wanted, device: Accelerator, network: Network) -> Candidate:
+    """Return the run file's own plan with its predictions."""
+    from megatron_zaya.plan.layout import check_layout
+    from megatron_zaya.plan.memory import plan_memory
+    from megatron_zaya.plan.search import Candidate
+    from megatron_zaya.plan.shape import batch_of, layout_of
+    from megatron_zaya.plan.step_time import plan_step_time
+
+    check_layout(config, wanted.world_size)
+    layout, batch = layout_of(config, wanted.world_size), batch_of(config)
+    common: dict[str, Any] = dict(precision=wanted.precision, options=wanted.options)
+    memory = plan_memory(wanted.model, layout, batch, allowances=wanted.allowances, **common)
+    time = plan_step_time(wanted.model, layout, batch, device, network, assume=wanted.assume, **common)
+    return Candidate(layout, batch, memory, time, memory.fit_probability(device.memory_bytes, wanted.allowances))
+
+
+@app.command("search")
+def plan_search(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    nodes: Nodes = None,
+    world_size: World = None,
+    accelerator: AcceleratorName = "MI300X",
+    cluster: Cluster = None,
+    skew: Skew = 1.0,
+    nics_down: NicsDown = 0,
+    memory_gib: MemoryGib = None,
+    allowance: Allowance = None,
+    probability: Annotated[float, typer.Option(help="Least probability that a plan fits.")] = 0.95,
+    choose: Annotated[int, typer.Option(min=1, help="Which plan of the ranking to explain and write.")] = 1,
+    explain: Annotated[bool, typer.Option("--explain", help="Memory and time of the chosen plan in detail.")] = False,
+    picture: Annotated[Path | None, typer.Option(help="Draw the chosen plan: a .png or .html file.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the chosen plan here (YAML).")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Search every legal layout for a run's model, sequence length and global batch."""
+    from megatron_zaya.plan import report
+    from megatron_zaya.plan.search import price_all_ranks, search
+
+    device, network = _machine(accelerator, cluster, memory_gib, nics_down)
+    config = load_config(run_file, overrides or ())
+    wanted = _wanted(config, _world_size(nodes, world_size, device), skew, probability, allowance)
+    found = search(wanted, device, network)
+    if not found.best:
+        reasons = "".join(f"\n  {count:,} rejected: {reason}" for reason, count in found.rejected.most_common())
+        raise ConfigError(f"no plan of {found.considered:,} fits {wanted.world_size} x {device.name}:{reasons}")
+    chosen = price_all_ranks(found.best[min(choose, len(found.best)) - 1], wanted)
+    if as_json:
+        typer.echo(json.dumps({**report.found_record(found), "chosen": report.candidate_record(chosen)}, indent=1))
+    else:
+        console = _console()
+        report.show_found(console, found)
+        if explain:
+            report.show_memory(console, chosen.memory, device.memory_bytes)
+            report.show_time(console, chosen.time)
+    if picture is not None:
+        _draw(found, chosen, wanted, device, network, picture)
+    if out is not None:
+        size = f"{wanted.world_size} x {device.name}, sequences of {wanted.seq_length}"
+        comments = [f"plan of `zaya plan search` for {run_file.name} on {size}"]
+        out.write_text(report.plan_file(chosen, comments, device.per_node), encoding="utf-8")
+
+
+def _draw(found: Any, chosen: Candidate, wanted: Wanted, device: Accelerator, network: Network, path: Path) -> None:
+    from megatron_zaya.plan.pictures import draw
+    from megatron_zaya.plan.step_time import hop_time_s, stage_times, timeline
+
+    layout, batch = chosen.layout, chosen.batch
+    times = stage_times(wanted.model, layout, batch, device, network, wanted.options, wanted.assume)
+    hop = hop_time_s(wanted.model, layout, batch, network, wanted.precision)
+    shown = min(batch.microbatches(layout), 3 * layout.pp)
+    draw(found, chosen, timeline(layout, shown, times, hop), device.memory_bytes, path)
+
+
+@app.command("check")
+def plan_check(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    nodes: Nodes = None,
+    world_size: World = None,
+    accelerator: AcceleratorName = "MI300X",
+    cluster: Cluster = None,
+    skew: Skew = 1.0,
+    nics_down: NicsDown = 0,
+    memory_gib: MemoryGib = None,
+    allowance: Allowance = None,
+    probability: Annotated[float, typer.Option(help="Least probability that counts as a fit.")] = 0.95,
+    as_json: AsJson = False,
+) -> None:
+    """Say whether a run file's own layout fits, with the margin. Exit status 1 when it does not."""
+    from megatron_zaya.plan import report
+    from megatron_zaya.plan.memory import GIB
+
+    device, network = _machine(accelerator, cluster, memory_gib, nics_down)
+    config = load_config(run_file, overrides or ())
+    wanted = _wanted(config, _world_size(nodes, world_size, device), skew, probability, allowance)
+    plan = _price(config, wanted, device, network)
+    fits = plan.fit_probability >= probability
+    margin = device.memory_bytes - plan.memory_bytes
+    if as_json:
+        record = {"fits": fits, "margin_bytes": margin, "capacity_bytes": device.memory_bytes}
+        typer.echo(json.dumps({**record, **report.candidate_record(plan)}, indent=1))
+    else:
+        console = _console()
+        report.show_memory(console, plan.memory, device.memory_bytes)
+        report.show_time(console, plan.time)
+        verdict = "fits" if fits else "does NOT fit"
+        console.print(
+            f"{plan.layout.describe()} {verdict} on {device.name}: margin {margin / GIB:.1f} of "
+            f"{device.memory_bytes / GIB:.1f} GiB, probability {plan.fit_probability:.3f}"
+        )
+    raise typer.Exit(0 if fits else 1)
+
+
+@app.command("dryrun")
+def plan_dryrun(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    world_size: Annotated[int, typer.Option("--world-size", min=1, help="Ranks of the job.")] = 1,
+    rank: Annotated[list[int] | None, typer.Option(help="Ranks to run; default: one of each pipeline stage.")] = None,
+    skew: Skew = 1.0,
+    as_json: AsJson = False,
+) -> None:
+    """Run the real model and training step of chosen ranks at the level of shapes, without memory or other ranks."""
+    config = load_config(run_file, overrides or ())
+    from megatron_zaya.plan.layout import check_layout
+
+    check_layout(config, world_size)
+    from megatron_zaya.compat import quiet_megatron
+
+    quiet_megatron()
+    from megatron_zaya.plan.dryrun.run import dry_run
+
+    per_stage = world_size // config.parallel.pipeline_model_parallel_size
+    ranks = rank or list(range(0, world_size, per_stage))
+    wanted = _wanted(config, world_size, skew, 0.95, None)
+    records = []
+    for number in ranks:
+        run = dry_run(config, world_size, number, skew=skew)
+        records.append({**run.as_record(), "model": _modelled(config, wanted, number // per_stage)})
+        if not as_json:
+            _show_dry_run(records[-1])
+    if as_json:
+        typer.echo(json.dumps(records, indent=1))
+
+
+def _modelled(config: RunConfig, wanted: Wanted, pp_rank: int) -> dict[str, float]:
+    """Return what the memory model says of the same rank."""
+    from megatron_zaya.plan.memory import stage_memory
+    from megatron_zaya.plan.shape import batch_of, layout_of
+
+    layout = layout_of(config, wanted.world_size)
+    stage = stage_memory(
+        wanted.model, layout, batch_of(config), pp_rank, precision=wanted.precision, options=wanted.options
+    )
+    return {"construction": stage.construction_peak, "step": stage.step_peak, "optimizer_step": stage.optimizer_peak}
+
+
+def _show_dry_run(record: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    console = _console()
+    table = Table("peak", "GiB", "memory model", "by category, GiB", "moment", title=f"rank {record['rank']}")
+    for name in ("construction", "step", "optimizer_step"):
+        peak, modelled = record[name], record["model"][name]
+        parts = ", ".join(f"{part} {size / 2**30:.2f}" for part, size in peak["by_category"].items())
+        error = f"{modelled / 2**30:.3f} ({modelled / peak['total_bytes'] - 1:+.2%})"
+        table.add_row(name.replace("_", " "), f"{peak['total_bytes'] / 2**30:.3f}", error, parts, peak["moment"])
+    console.print(table)
+    calls = Table("collective", "bytes", "calls", "ranks", title="collectives of a step")
+    for call in record["collectives"]:
+        ranks = call["ranks"]
+        shown = ", ".join(map(str, ranks[:4])) + (f", ... ({len(ranks)})" if len(ranks) > 4 else "")
+        calls.add_row(call["op"], f"{call['size_bytes']:,}", str(call["calls"]), shown)
+    console.print(calls)
+    flops = sum(record["flops"].values())
+    console.print(
+        f"{record['parameters']:,} parameters, {flops:.4g} matrix operations a step; the dry run took "
+        f"{record['wall_s']:.1f} s and {record['process_peak_bytes'] / 2**30:.2f} GiB"
+    )
