@@ -144,14 +144,14 @@ class LocalSequence:
     @cached_property
     def position_SB(self) -> Tensor:
         """Position of each local row in its document, int64; [S, 1] where every sample is one document."""
-        rows = torch.cat([torch.arange(span.start, span.stop) for span in self.spans])
+        rows = torch.cat([torch.arange(span.start, span.stop, device=self.device) for span in self.spans])
         if self.documents is None:
-            return rows.unsqueeze(1).to(self.device)
+            return rows.unsqueeze(1)
         columns = []
         for starts in self.documents:
-            starts = torch.tensor(starts)
+            starts = torch.tensor(starts, device=self.device)
             columns.append(rows - starts[torch.searchsorted(starts, rows, right=True) - 1])
-        return torch.stack(columns, dim=1).to(self.device, non_blocking=True)
+        return torch.stack(columns, dim=1)
 
 
 def exchange(sends: list[tuple[Tensor, int]], receives: list[tuple[Tensor, int]], group: ProcessGroup) -> list[Any]:
