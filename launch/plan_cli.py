@@ -281,3 +281,31 @@ def _show_dry_run(record: dict[str, Any]) -> None:
         f"{record['parameters']:,} parameters, {flops:.4g} matrix operations a step; the dry run took "
         f"{record['wall_s']:.1f} s and {record['process_peak_bytes'] / 2**30:.2f} GiB"
     )
+
+
+@app.command("validate")
+def plan_validate(
+    points: Annotated[
+        Path | None, typer.Option(help="Published points (YAML); default: the calibration points.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Hold memory and time against published measurements: every error with its sign."""
+    from megatron_zaya.plan.validate import FITTED, POINTS, compare, summary
+
+    comparisons = compare(points or POINTS)
+    totals = summary(comparisons)
+    if as_json:
+        rows = [{**c.__dict__, "error": c.error} for c in comparisons]
+        typer.echo(json.dumps({"points": rows, "summary": totals, "fitted_parameters": FITTED}, indent=1))
+        return
+    from rich.table import Table
+
+    table = Table("point", "quantity", "measured", "predicted", "error", "source")
+    for c in comparisons:
+        table.add_row(c.point, c.quantity, f"{c.measured:,.2f}", f"{c.predicted:,.2f}", f"{c.error:+.1%}", c.source)
+    console = _console()
+    console.print(table)
+    for name, value in totals.items():
+        console.print(f"{name.replace('_', ' ')}: {value:.1%}")
+    console.print(f"{len(FITTED)} parameters were fitted: {'; '.join(FITTED)}")

@@ -22,8 +22,6 @@ LAUNCH_S = 4e-6
 """Start of one kernel."""
 FILL_S = 20e-6
 """Time in which a product fills and drains the accelerator, at the rate it reaches when full."""
-SHORT_K = 160.0
-"""Inner dimension at which a product reaches half of its rate."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +32,8 @@ class Accelerator:
     memory_bytes: int
     peak_tflops: float
     matmul: float
+    short_k: float
+    """Inner dimension at which a product reaches half of its rate."""
     attention: float
     memory_gb_per_s: float
     switched: bool
@@ -46,7 +46,7 @@ class Accelerator:
         if min(m, n, k) <= 0:
             return 0.0
         flops = 2.0 * m * n * k
-        rate = self.peak_tflops * 1e12 * self.matmul * k / (k + SHORT_K)
+        rate = self.peak_tflops * 1e12 * self.matmul * k / (k + self.short_k)
         memory = 2.0 * (m * k + k * n + m * n) / (self.memory_gb_per_s * 1e9)
         return count * (max(flops / rate + FILL_S * min(1.0, flops / 2e11), memory) + LAUNCH_S)
 

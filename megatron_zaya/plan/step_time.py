@@ -21,6 +21,12 @@ from megatron_zaya.plan.shape import Batch, Layout, ModelShape, Precision
 OVERLAP = 0.85
 """Share of a pass behind which reductions can hide: the first bucket must be full before anything is sent."""
 
+HOST_S = 6e-6
+"""Time the host needs to start one kernel from PyTorch."""
+KERNELS = {"zaya": (140, 240), "dense": (60, 100), "moe": (800, 1500)}
+"""Kernels of a layer, forward and backward: this project's counted by the dry run (views at a third), Megatron-Core's
+dense layer with fused kernels estimated, its mixture of experts, one by one, fitted."""
+
 
 @dataclass(frozen=True)
 class Assumptions:
@@ -162,6 +168,11 @@ def layer_time(
         result.forward[name] = result.forward.get(name, 0.0) + seconds * (1 - flow.backward)
         result.backward[name] = result.backward.get(name, 0.0) + seconds * flow.backward
     _add_recomputation(result, layout, m)
+    forward, backward = KERNELS["zaya" if m.is_zaya else "moe" if is_moe else "dense"]
+    again = forward if layout.recompute == "full" else 0
+    # Where the accelerator finishes a layer before the host has started the next, it waits.
+    result.forward["waiting for the host"] = max(0.0, forward * HOST_S - result.forward_s)
+    result.backward["waiting for the host"] = max(0.0, (backward + again) * HOST_S - result.backward_s)
     return result
 
 
