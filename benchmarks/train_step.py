@@ -102,7 +102,7 @@ def build_sides(config: RunConfig, pg_collection: Any, device: torch.device) -> 
     """Return ours and transformers' model with equal weights: our initialisation, through the conversion table."""
     from transformers import ZayaForCausalLM
 
-    from megatron_zaya.convert.hf import to_hf
+    from megatron_zaya.convert.in_memory import to_hf
     from megatron_zaya.model.init import initialise
     from megatron_zaya.model.transformer_config import DTYPES
 

@@ -13,15 +13,16 @@ from typing import Annotated
 import typer
 
 from ckpt.errors import CheckpointError
-from launch import job_cli
+from launch import convert_cli, job_cli
 from launch.errors import LaunchError
 from launch.plan_cli import app as plan_app
 from megatron_zaya.config import ConfigError, dump_config, json_schema, load_config
+from megatron_zaya.convert.errors import ConvertError
 from megatron_zaya.data.errors import DataError
 from topology.cli import app as topology_app
 from topology.errors import TopologyError
 
-USER_ERRORS = (ConfigError, DataError, CheckpointError, LaunchError, TopologyError)
+USER_ERRORS = (ConfigError, ConvertError, DataError, CheckpointError, LaunchError, TopologyError)
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 config_app = typer.Typer(no_args_is_help=True, help="Run files: schema, resolved values.")
@@ -31,6 +32,7 @@ app.command()(job_cli.submit)
 app.command()(job_cli.preflight)
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
+app.add_typer(convert_cli.app, name="convert")
 app.add_typer(optimizer_app, name="optimizer")
 app.add_typer(topology_app, name="topology")
 app.add_typer(plan_app, name="plan")

@@ -1,145 +1,194 @@
-"""Names and shapes of transformers' `zaya` model (5.23), as one table that is read in both directions.
-
-A line maps one tensor of ours to one of theirs, or a part of either. `{l}` is the layer. Where q and k (or the two
-value halves) are one tensor on one side and two on the other, they are joined along the first dimension.
-"""
+"""transformers' `zaya` model (5.23): its names and shapes as one table for both directions, and its config.json."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from megatron_zaya.config.sections import ModelConfig
-
-
-@dataclass(frozen=True)
-class Line:
-    """Our tensors joined along dimension 0 are their tensors joined along dimension 0, up to a reshape."""
-
-    ours: tuple[str, ...]
-    theirs: tuple[str, ...]
-
-
-def _line(ours: str | tuple[str, ...], theirs: str | tuple[str, ...]) -> Line:
-    return Line((ours,) if isinstance(ours, str) else ours, (theirs,) if isinstance(theirs, str) else theirs)
-
+from megatron_zaya.config.sections import LayerType, ModelConfig
+from megatron_zaya.convert.errors import ConvertError
+from megatron_zaya.convert.table import Layout, line
 
 ATTENTION = "layers.{l}.self_attention."
 HF_ATTENTION = "model.layers.{l}.self_attn."
 ROUTER = "layers.{l}.mlp.router."
 HF_ROUTER = "model.layers.{l}.mlp.gate."
 
-MODEL_LINES = (
-    _line("embedding.word_embeddings.weight", "model.embed_tokens.weight"),
-    _line("input_scaling.scale", "model.input_hidden_states_scale"),
-    _line("input_scaling.bias", "model.input_hidden_states_bias"),
-    _line("final_layernorm.weight", "model.norm.weight"),
+CONVOLUTIONS = (
+    ("depthwise", "weight", ", 1, T0"),
+    ("depthwise", "bias", ""),
+    ("grouped", "weight", ", D, T1"),
+    ("grouped", "bias", ""),
 )
-UNTIED_LINES = (_line("output_layer.weight", "lm_head.weight"),)
+"""Kind, part and the shape behind the channels; q's channels come before k's."""
 
-LAYER_LINES = (
-    _line("layers.{l}.input_layernorm.weight", "model.layers.{l}.input_layernorm.weight"),
-    _line("layers.{l}.pre_mlp_layernorm.weight", "model.layers.{l}.post_attention_layernorm.weight"),
-    _line(ATTENTION + "linear_q", HF_ATTENTION + "qkv_proj.q_proj.weight"),
-    _line(ATTENTION + "linear_k", HF_ATTENTION + "qkv_proj.k_proj.weight"),
-    _line(
-        ATTENTION + "linear_v",
-        (HF_ATTENTION + "qkv_proj.v_proj_current.weight", HF_ATTENTION + "qkv_proj.v_proj_delayed.weight"),
-    ),
-    *(
-        _line(
-            (f"{ATTENTION}conv_q.{kind}_{part}", f"{ATTENTION}conv_k.{kind}_{part}"),
-            f"{HF_ATTENTION}qkv_proj.conv_qk_{kind}.{part}",
-        )
-        for kind in ("depthwise", "grouped")
-        for part in ("weight", "bias")
-    ),
-    _line(ATTENTION + "temperature", HF_ATTENTION + "qk_norm.temp"),
-    _line(ATTENTION + "linear_proj.weight", HF_ATTENTION + "o_proj.weight"),
-    *(
-        _line(f"layers.{{l}}.{ours}_residual.{ours_part}", f"model.layers.{{l}}.{theirs}_residual_scale.{theirs_part}")
-        for ours, theirs in (("attention", "post_attention"), ("mlp", "post_mlp"))
-        for ours_part, theirs_part in (
-            ("hidden_scale", "hidden_states_scale"),
-            ("hidden_bias", "hidden_states_bias"),
-            ("residual_scale", "residual_scale"),
-            ("residual_bias", "residual_bias"),
-        )
-    ),
-    _line(ROUTER + "linear_down.weight", HF_ROUTER + "down_proj.weight"),
-    _line(ROUTER + "linear_down.bias", HF_ROUTER + "down_proj.bias"),
-    _line(ROUTER + "norm.weight", HF_ROUTER + "router_mlp.norm.weight"),
-    _line(ROUTER + "linear_1.weight", HF_ROUTER + "router_mlp.fc1.weight"),
-    _line(ROUTER + "linear_1.bias", HF_ROUTER + "router_mlp.fc1.bias"),
-    _line(ROUTER + "linear_2.weight", HF_ROUTER + "router_mlp.fc2.weight"),
-    _line(ROUTER + "linear_2.bias", HF_ROUTER + "router_mlp.fc2.bias"),
-    _line(ROUTER + "linear_out.weight", HF_ROUTER + "router_mlp.out_proj.weight"),
-    _line("layers.{l}.mlp.experts.linear_fc1", "model.layers.{l}.mlp.experts.gate_up_proj"),
-    _line("layers.{l}.mlp.experts.linear_fc2", "model.layers.{l}.mlp.experts.down_proj"),
+RESIDUAL_PARTS = (
+    ("hidden_scale", "hidden_states_scale"),
+    ("hidden_bias", "hidden_states_bias"),
+    ("residual_scale", "residual_scale"),
+    ("residual_bias", "residual_bias"),
 )
-# Not in the first layer (no layer before it), and not a parameter, respectively.
-PREVIOUS_STATE_LINE = _line(ROUTER + "previous_scale", HF_ROUTER + "router_states_scale")
-BUFFER_LINE = _line(ROUTER + "balancing_bias", HF_ROUTER + "balancing_biases")
+
+HF = Layout(
+    "transformers",
+    once=(
+        line("embedding.word_embeddings.weight [V, H]", "model.embed_tokens.weight"),
+        line("input_scaling.scale [H]", "model.input_hidden_states_scale"),
+        line("input_scaling.bias [H]", "model.input_hidden_states_bias"),
+        line("final_layernorm.weight [H]", "model.norm.weight"),
+    ),
+    untied=(line("output_layer.weight [V, H]", "lm_head.weight"),),
+    every_layer=(
+        line("layers.{l}.input_layernorm.weight [H]", "model.layers.{l}.input_layernorm.weight"),
+        line("layers.{l}.pre_mlp_layernorm.weight [H]", "model.layers.{l}.post_attention_layernorm.weight"),
+        line(ATTENTION + "linear_q [Q, H]", HF_ATTENTION + "qkv_proj.q_proj.weight"),
+        line(ATTENTION + "linear_k [K, H]", HF_ATTENTION + "qkv_proj.k_proj.weight"),
+        line(
+            ATTENTION + "linear_v [K, H]",
+            HF_ATTENTION + "qkv_proj.v_proj_current.weight [K/2, H]",
+            HF_ATTENTION + "qkv_proj.v_proj_delayed.weight [K/2, H]",
+        ),
+        *(
+            line(
+                (f"{ATTENTION}conv_q.{kind}_{part} [Q{rest}]", f"{ATTENTION}conv_k.{kind}_{part} [K{rest}]"),
+                f"{HF_ATTENTION}qkv_proj.conv_qk_{kind}.{part} [Q+K{rest}]",
+            )
+            for kind, part, rest in CONVOLUTIONS
+        ),
+        line(ATTENTION + "temperature [G]", HF_ATTENTION + "qk_norm.temp"),
+        line(ATTENTION + "linear_proj.weight [H, Q]", HF_ATTENTION + "o_proj.weight"),
+        *(
+            line(
+                f"layers.{{l}}.{block}_residual.{ours} [H]", f"model.layers.{{l}}.post_{block}_residual_scale.{theirs}"
+            )
+            for block in ("attention", "mlp")
+            for ours, theirs in RESIDUAL_PARTS
+        ),
+        line(ROUTER + "linear_down.weight [R, H]", HF_ROUTER + "down_proj.weight"),
+        line(ROUTER + "linear_down.bias [R]", HF_ROUTER + "down_proj.bias"),
+        line(ROUTER + "norm.weight [R]", HF_ROUTER + "router_mlp.norm.weight"),
+        line(ROUTER + "linear_1.weight [R, R]", HF_ROUTER + "router_mlp.fc1.weight"),
+        line(ROUTER + "linear_1.bias [R]", HF_ROUTER + "router_mlp.fc1.bias"),
+        line(ROUTER + "linear_2.weight [R, R]", HF_ROUTER + "router_mlp.fc2.weight"),
+        line(ROUTER + "linear_2.bias [R]", HF_ROUTER + "router_mlp.fc2.bias"),
+        line(ROUTER + "linear_out.weight [E+1, R]", HF_ROUTER + "router_mlp.out_proj.weight"),
+        line(ROUTER + "balancing_bias [E+1]", HF_ROUTER + "balancing_biases"),
+        line("layers.{l}.mlp.experts.linear_fc1 [E, 2, F, H]", "model.layers.{l}.mlp.experts.gate_up_proj [E, 2F, H]"),
+        line("layers.{l}.mlp.experts.linear_fc2 [E, H, F]", "model.layers.{l}.mlp.experts.down_proj"),
+    ),
+    # The first layer has no layer before it.
+    all_but_first=(line(ROUTER + "previous_scale [R]", HF_ROUTER + "router_states_scale"),),
+)
+
+LAYER_TYPES: dict[LayerType, str] = {"full": "hybrid", "sliding": "hybrid_sliding"}
+_TYPES = {"BF16": "bfloat16", "F32": "float32"}
 
 
-def _lines(config: ModelConfig) -> Iterator[Line]:
-    yield from MODEL_LINES
-    if not config.share_embeddings_and_output_weights:
-        yield from UNTIED_LINES
-    for layer in range(config.num_layers):
-        per_layer = (*LAYER_LINES, BUFFER_LINE, *((PREVIOUS_STATE_LINE,) if layer > 0 else ()))
-        for line in per_layer:
-            ours, theirs = (tuple(n.replace("{l}", str(layer)) for n in names) for names in (line.ours, line.theirs))
-            yield Line(ours, theirs)
-
-
-def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shapes that differ between the two sides: by the end of our name, and of theirs."""
-    q, kv = config.num_attention_heads * config.kv_channels, config.num_query_groups * config.kv_channels
-    experts, ffn, hidden = config.num_moe_experts, config.moe_ffn_hidden_size, config.hidden_size
-    shapes: dict[str, tuple[int, ...]] = {
-        "linear_fc1": (experts, 2, ffn, hidden),
-        "gate_up_proj": (experts, 2 * ffn, hidden),
-        "v_proj_current.weight": (kv // 2, hidden),
-        "v_proj_delayed.weight": (kv // 2, hidden),
-    }
-    for stream, rows in (("q", q), ("k", kv)):
-        shapes |= {
-            f"conv_{stream}.depthwise_weight": (rows, 1, config.cca_time0),
-            f"conv_{stream}.depthwise_bias": (rows,),
-            f"conv_{stream}.grouped_weight": (rows, config.kv_channels, config.cca_time1),
-            f"conv_{stream}.grouped_bias": (rows,),
-        }
-    return shapes
-
-
-def _move(
-    source: Mapping[str, Tensor], names_in: tuple[str, ...], names_out: tuple[str, ...], shapes: dict
-) -> Iterator[tuple[str, Tensor]]:
-    """Join the sources, then cut and reshape them into the targets."""
-    joined = torch.cat([source[name] for name in names_in]) if len(names_in) > 1 else source[names_in[0]]
-    targets = [next((shape for end, shape in shapes.items() if name.endswith(end)), None) for name in names_out]
-    if len(names_out) == 1:
-        yield names_out[0], joined if targets[0] is None else joined.reshape(targets[0])
-        return
-    for name, piece, shape in zip(names_out, joined.split([s[0] for s in targets]), targets, strict=True):
-        yield name, piece.reshape(shape)
-
-
-def from_hf(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Return our global state of a transformers state dict (tensors share memory where they can).
+def config_json(model: ModelConfig, dtype: str) -> dict[str, Any]:
+    """Return the content of config.json for parameters of ``dtype`` (safetensors' name).
 
     Raises:
-        KeyError: a tensor that the configuration asks for is missing.
+        ConvertError: transformers' model cannot compute what this one computes.
     """
-    shapes = _shapes(config)
-    return {n: t for line in _lines(config) for n, t in _move(state, line.theirs, line.ours, shapes)}
+    if model.skip_expert != "zero":
+        raise ConvertError(
+            f"model.skip_expert={model.skip_expert!r}: in transformers a skipped token gets nothing from the mixture; "
+            'only a model trained with model.skip_expert="zero" means the same there'
+        )
+    rope = {"rope_type": "default", "partial_rotary_factor": model.rotary_percent}
+    return {
+        "architectures": ["ZayaForCausalLM"],
+        "model_type": "zaya",
+        "dtype": _TYPES[dtype],
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_query_groups,
+        "head_dim": model.kv_channels,
+        "moe_intermediate_size": model.moe_ffn_hidden_size,
+        "num_experts": model.num_moe_experts,
+        "num_experts_per_tok": 1,
+        "router_hidden_size": model.router_hidden_size,
+        "rms_norm_eps": model.layernorm_epsilon,
+        "max_position_embeddings": model.max_position_embeddings,
+        "cca_time0": model.cca_time0,
+        "cca_time1": model.cca_time1,
+        "tie_word_embeddings": model.share_embeddings_and_output_weights,
+        "sliding_window": model.sliding_window,
+        "layer_types": [LAYER_TYPES[kind] for kind in model.layer_types or ["full"] * model.num_layers],
+        "rope_parameters": {
+            "hybrid": rope | {"rope_theta": model.rotary_base},
+            "hybrid_sliding": rope | {"rope_theta": model.sliding_rotary_base},
+        },
+        "attention_bias": False,
+        "lm_head_bias": False,
+        "hidden_act": "silu",
+        "pad_token_id": None,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
 
 
-def to_hf(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Return the transformers state dict of our global state; the tied head is not repeated."""
-    shapes = _shapes(config)
-    return {n: t for line in _lines(config) for n, t in _move(state, line.ours, line.theirs, shapes)}
+FREE = {"dtype", "architectures", "pad_token_id", "bos_token_id", "eos_token_id", "max_position_embeddings"}
+"""Keys of config.json that do not decide what the weights compute."""
+
+
+def config_differences(found: dict[str, Any], model: ModelConfig) -> list[str]:
+    """Return what of a config.json does not fit ``model``; a key that it leaves out has transformers' default."""
+    defaults = config_json(ModelConfig(num_layers=found.get("num_hidden_layers", 40)), "BF16")
+    wanted = config_json(model, "BF16")
+    sliding = "hybrid_sliding" in wanted["layer_types"]
+    differing = []
+    for key, value in wanted.items():
+        if key in FREE or (key == "sliding_window" and not sliding):
+            continue
+        there = found.get(key)
+        there = defaults[key] if there is None else there
+        if key == "rope_parameters":
+            kinds = ["hybrid", "hybrid_sliding"] if sliding else ["hybrid"]
+            value = {kind: value[kind] for kind in kinds}
+            there = {kind: {k: v for k, v in there.get(kind, {}).items() if k in value[kind]} for kind in kinds}
+        if there != value:
+            differing.append(f"{key}: {there!r} there, {value!r} by the run file")
+    return differing
+
+
+def model_config(found: dict[str, Any], where: object) -> ModelConfig:
+    """Return the model that a config.json describes.
+
+    Raises:
+        ConvertError: it is not one that this program has.
+    """
+    layers = found.get("num_hidden_layers", 40)
+    values = config_json(ModelConfig(num_layers=layers), "BF16")
+    values |= {key: value for key, value in found.items() if key in values and value is not None}
+    kinds = {theirs: ours for ours, theirs in LAYER_TYPES.items()}
+    try:
+        full, sliding = (values["rope_parameters"].get(kind) or {} for kind in ("hybrid", "hybrid_sliding"))
+        model = ModelConfig(
+            num_layers=layers,
+            hidden_size=values["hidden_size"],
+            num_attention_heads=values["num_attention_heads"],
+            num_query_groups=values["num_key_value_heads"],
+            kv_channels=values["head_dim"],
+            num_moe_experts=values["num_experts"],
+            moe_ffn_hidden_size=values["moe_intermediate_size"],
+            router_hidden_size=values["router_hidden_size"],
+            vocab_size=values["vocab_size"],
+            share_embeddings_and_output_weights=values["tie_word_embeddings"],
+            max_position_embeddings=values["max_position_embeddings"],
+            layernorm_epsilon=float(values["rms_norm_eps"]),
+            cca_time0=values["cca_time0"],
+            cca_time1=values["cca_time1"],
+            rotary_percent=float((full or sliding)["partial_rotary_factor"]),
+            rotary_base=float((full or {"rope_theta": 5e6})["rope_theta"]),
+            sliding_rotary_base=float((sliding or {"rope_theta": 1e4})["rope_theta"]),
+            sliding_window=values["sliding_window"],
+            layer_types=[kinds[kind] for kind in values["layer_types"]],
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ConvertError(f"{where}: its config.json describes no model of this program: {error!r}") from None
+    differing = config_differences(found, model)
+    if differing:
+        raise ConvertError(f"{where}: its config.json describes no model of this program: {'; '.join(differing)}")
+    return model

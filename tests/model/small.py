@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from megatron_zaya.config import RunConfig
-from megatron_zaya.convert.hf import from_hf
+from megatron_zaya.convert.hf import config_json
+from megatron_zaya.convert.in_memory import from_hf
 from megatron_zaya.model.specs import zaya_layer_spec
 from megatron_zaya.model.transformer_config import zaya_transformer_config
 from megatron_zaya.model.zaya_model import ZayaModel
@@ -50,34 +51,8 @@ def hf_config(config: RunConfig):
     """Return transformers' configuration of the same architecture."""
     from transformers import ZayaConfig
 
-    m = config.model
-    rope = {"rope_type": "default", "partial_rotary_factor": m.rotary_percent}
-    names = {"full": "hybrid", "sliding": "hybrid_sliding"}
-    return ZayaConfig(
-        vocab_size=m.vocab_size,
-        hidden_size=m.hidden_size,
-        num_hidden_layers=m.num_layers,
-        num_attention_heads=m.num_attention_heads,
-        num_key_value_heads=m.num_query_groups,
-        head_dim=m.kv_channels,
-        moe_intermediate_size=m.moe_ffn_hidden_size,
-        num_experts=m.num_moe_experts,
-        router_hidden_size=m.router_hidden_size,
-        rms_norm_eps=m.layernorm_epsilon,
-        max_position_embeddings=m.max_position_embeddings,
-        cca_time0=m.cca_time0,
-        cca_time1=m.cca_time1,
-        tie_word_embeddings=m.share_embeddings_and_output_weights,
-        sliding_window=m.sliding_window,
-        layer_types=[names[kind] for kind in m.layer_types or ["full"] * m.num_layers],
-        rope_parameters={
-            "hybrid": rope | {"rope_theta": m.rotary_base},
-            "hybrid_sliding": rope | {"rope_theta": m.sliding_rotary_base},
-        },
-        pad_token_id=None,  # a padding row would get no gradient from the lookup
-        bos_token_id=None,
-        eos_token_id=None,
-    )
+    values = config_json(config.model, "F32")
+    return ZayaConfig(**{key: value for key, value in values.items() if key not in ("model_type", "dtype")})
 
 
 def hf_model(config: RunConfig, dtype=torch.float32, seed: int = 0):

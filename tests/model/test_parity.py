@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_zaya.convert.hf import from_hf, to_hf
+from megatron_zaya.convert.in_memory import from_hf, to_hf
 from tests.model.small import copy_from_hf, hf_model, our_model, relative_error, run_config
 
 TOLERANCE = 1e-5
