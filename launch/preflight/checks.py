@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from typing import Any
 
 from launch.preflight import collect, parse
@@ -110,10 +111,11 @@ def _nic_findings(texts: Texts, limits: Limits) -> list[Finding]:
     devices, why = _read(texts, "ibv_devinfo", parse.ibv_devinfo)
     if links is None and devices is None:
         return [Finding("nics", False, f"{reason}; {why}", ", ".join(limits.nics), "install rdma-core")]
-    nics: dict[str, Nic] = {name: Nic(name, active) for name, (active, _) in (links or {}).items()}
+    nics = {name: _by_ethtool(name, active, interface, texts) for name, (active, interface) in (links or {}).items()}
     for nic in devices or []:
-        up = nic.active and nics.get(nic.name, nic).active
-        nics[nic.name] = Nic(nic.name, up, nic.rate_gbps, nic.firmware)
+        other = nics.get(nic.name, nic)
+        rate, firmware = nic.rate_gbps or other.rate_gbps, nic.firmware or other.firmware
+        nics[nic.name] = Nic(nic.name, nic.active and other.active, rate, firmware)
     missing = [name for name in limits.nics if name not in nics]
     down = [name for name in limits.nics if name in nics and not nics[name].active]
     findings = [
@@ -131,7 +133,32 @@ def _nic_findings(texts: Texts, limits: Limits) -> list[Finding]:
     if limits.nic_firmware is not None:
         odd = [f"{n.name} {n.firmware}" for n in own if n.firmware != limits.nic_firmware]
         findings.append(Finding("nic firmware", not odd, ", ".join(odd) or "all", limits.nic_firmware, "update it"))
+    if limits.nic_neighbours:
+        findings.append(_rails(texts, links or {}, limits))
     return findings
+
+
+def _by_ethtool(name: str, active: bool, interface: str, texts: Texts) -> Nic:
+    """What ethtool says of the network interface of an RDMA device; it counts where ibv_devinfo is silent."""
+    link, _ = _read(texts, f"ethtool {interface}", parse.ethtool)
+    firmware, _ = _read(texts, f"ethtool -i {interface}", parse.ethtool_firmware)
+    up, rate = link or (True, None)
+    return Nic(name, active and up, rate, firmware)
+
+
+def _rails(texts: Texts, links: Mapping[str, tuple[bool, str]], limits: Limits) -> Finding:
+    """Every NIC must hang on the rail of its number: a swapped cable trains, slowly, until a collective hangs."""
+    from topology.discover import parse_lldp
+
+    wanted = ", ".join(f"{device} at {pattern}" for device, pattern in limits.nic_neighbours.items())
+    neighbours, reason = _read(texts, "lldpctl", parse_lldp)
+    if neighbours is None:
+        return Finding("nic rails", False, reason, wanted, "install lldpd")
+    seen = {device: neighbours.get(links.get(device, (False, device))[1], "nobody") for device in limits.nic_neighbours}
+    wrong = [
+        f"{device} at {seen[device]}" for device, p in limits.nic_neighbours.items() if not fnmatch(seen[device], p)
+    ]
+    return Finding("nic rails", not wrong, ", ".join(wrong) or "all", wanted, "swap the cables back")
 
 
 def _clock(texts: Texts, limits: Limits) -> list[Finding]:

@@ -10,6 +10,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from launch.preflight import parse
 from launch.preflight.limits import Limits
 
 TIMEOUT_S = 20.0
@@ -41,9 +42,21 @@ def collect(limits: Limits) -> dict[str, str]:
     if limits.nics:
         texts["rdma link"] = run("rdma", "link")
         texts["ibv_devinfo"] = run("ibv_devinfo", "-v")
+        for interface in _interfaces(texts["rdma link"], limits.nics):
+            texts[f"ethtool {interface}"] = run("ethtool", interface)
+            texts[f"ethtool -i {interface}"] = run("ethtool", "-i", interface)
+        if limits.nic_neighbours:
+            texts["lldpctl"] = run("lldpctl", "-f", "keyvalue")
     if limits.max_clock_offset_s is not None:
         texts["chronyc"] = run("chronyc", "tracking")
     return texts | {f"version {name}": found_version(name) for name in limits.versions}
+
+
+def _interfaces(rdma_link: str, nics: list[str]) -> list[str]:
+    """Network interfaces of the wanted RDMA devices."""
+    if rdma_link.startswith(ABSENT):
+        return []
+    return [interface for device, (_, interface) in parse.rdma_link(rdma_link).items() if device in nics and interface]
 
 
 def found_version(name: str) -> str:

@@ -31,6 +31,8 @@ class Limits(BaseModel):
     """RDMA devices that must be there, active, in rail order."""
     nic_rate_gbps: NonNegative | None = None
     nic_firmware: str | None = None
+    nic_neighbours: dict[str, str] = {}
+    """Rail identity: RDMA device -> pattern of the switch that LLDP must see there, such as `ionic_3: r3l*`."""
     max_clock_offset_s: NonNegative | None = 0.5
     """Largest offset that chrony reports."""
     min_free_disk_gib: dict[str, NonNegative] = {}

@@ -32,12 +32,16 @@ def texts(**changes: str) -> dict[str, str]:
         "rdma link": text("rdma_link.txt").replace("DOWN physical_state DISABLED", "ACTIVE physical_state LINK_UP"),
         "ibv_devinfo": text("ibv_devinfo.txt").replace("PORT_DOWN (1)", "PORT_ACTIVE (4)"),
         "chronyc": text("chronyc.txt"),
+        "ethtool benic0p1": text("ethtool.txt"),
+        "ethtool -i benic0p1": text("ethtool_i.txt"),
+        "lldpctl": "lldp.benic0p1.chassis.name=r0l1\nlldp.benic1p1.chassis.name=r1l1\n",
         "version driver": "6.14.14",
     }
     return found | {name.replace("_", " ", 1) if name.startswith("version") else name: v for name, v in changes.items()}
 
 
 LIMITS = Limits(
+    nic_neighbours={"ionic_0": "r0l*", "ionic_1": "r1l*"},
     gpus=2, gpu_memory_gib=190, min_gpu_clock_mhz=2000, full_mesh=True, nics=NICS, nic_rate_gbps=200,
     min_shared_memory_gib=0.01, min_free_disk_gib={"/": 0.001}, min_memory_gib=1, versions={"driver": "6.14.14"},
 )  # fmt: skip
@@ -88,6 +92,10 @@ def test_a_healthy_node_passes():
         ({}, {"rdma link": "link ionic_0/1 state DOWN netdev a"}, "nics active", "down: ionic_0"),
         ({"nic_rate_gbps": 400}, {}, "nic rate (Gb/s)", "ionic_1 200"),
         ({"nic_firmware": "1.117.1-a-63"}, {}, "nic firmware", "ionic_1 1.110.0-a-79"),
+        ({"nic_firmware": "2"}, {"ibv_devinfo": "absent: no"}, "nic firmware", "ionic_0 1.117.1-a-63"),
+        ({}, {"ethtool benic0p1": "Speed: 100000Mb/s\nLink detected: no\n"}, "nics active", "down: ionic_0"),
+        ({"nic_neighbours": {"ionic_0": "r1l*"}}, {}, "nic rails", "ionic_0 at r0l1 (wanted: ionic_0 at r1l*)"),
+        ({}, {"lldpctl": "absent: lldpctl is not installed"}, "nic rails", "lldpctl is not installed"),
         ({"max_clock_offset_s": 1e-6}, {}, "clock offset (s)", "wanted: at most 1e-06 s"),
         (
             {},

@@ -91,6 +91,12 @@ def test_a_dry_run_writes_nothing(workdir):
     assert {path: path.stat().st_mtime for path in workdir.rglob("*")} == before
 
 
+def test_a_run_file_that_is_not_there(workdir):
+    command = [str(BIN / "zaya"), "submit", "none.yaml", "--nodes", "2"]
+    done = subprocess.run(command, cwd=workdir, capture_output=True, text=True, env=os.environ | ENVIRONMENT)
+    assert (done.returncode, "none.yaml: no such run file" in done.stderr) == (2, True)
+
+
 def test_plans_of_both_shapes(tmp_path):
     flat, nested = tmp_path / "flat.yaml", tmp_path / "nested.yaml"
     flat.write_text("nodes: 4\ngpus: 8\npipeline_model_parallel_size: 2\norder: tp-cp-ep-dp-pp\n")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.ports import CONTROLLER, job_port
 from launch.supervise.job import Job, Policy
 from launch.supervise.record import exclude, read_events, read_excluded
 
@@ -172,6 +175,44 @@ def test_too_few_healthy_nodes_end_the_job_with_their_names(tmp_path):
     assert status == 1
     assert events[-1]["event"] == "too_few_nodes"
     assert (events[-1]["healthy"], events[-1]["excluded"]) == (["h1"], ["h0", "h2"])
+
+
+def test_a_node_that_does_not_answer_and_a_clock_that_is_off_are_left_out(tmp_path):
+    agent = tmp_path / "agent.py"
+    agent.write_text(
+        "import sys, time\n"
+        "if 'h1' in sys.argv: sys.exit('no route to the controller')\n"
+        "real = time.time\n"
+        "if 'h2' in sys.argv: time.time = lambda: real() + 30\n"
+        "from launch.supervise.agent import main\n"
+        "sys.exit(main())\n"
+    )
+    job = make_job(tmp_path, nodes=1, spares=2)
+    job = replace(
+        job,
+        hosts=["h1", "h2", "h0"],
+        agent_command=["env", f"PYTHONPATH={REPOSITORY}", sys.executable, str(agent)],
+        policy=replace(POLICY, connect_timeout_s=4),
+    )
+    status, out, events = run(job)
+    assert status == 0, out
+    (absent,) = of_kind(events, "nodes_absent")
+    assert (absent["hosts"], absent["said"]) == (["h1"], ["no route to the controller"])
+    (late,) = of_kind(events, "node_excluded")
+    assert (late["host"], late["why"]) == ("h2", "clock") and "check chrony" in late["said"][0]
+    assert [e["hosts"] for e in of_kind(events, "attempt_started")] == [["h0"]]
+
+
+def test_a_second_controller_of_the_same_job_is_refused(tmp_path):
+    job = make_job(tmp_path)
+    job.write()
+    port = job_port(77, CONTROLLER)
+    environment = {**os.environ, "SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "n[0-2]"}
+    with socket.create_server(("", port)):
+        command = [sys.executable, "-m", "launch.supervise", str(job.folder)]
+        done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 2
+    assert f"port {port} on" in done.stderr and "another controller of this job" in done.stderr
 
 
 def test_a_straggler_is_reported_once(tmp_path):
