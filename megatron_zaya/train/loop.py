@@ -83,7 +83,7 @@ def train(job: TrainingJob, callbacks: Sequence[Callback]) -> str:
         _watch(job, spikes, result)
         if result.stop_signal:
             reason = signal.Signals(result.stop_signal).name
-        job.save_asked = result.save_asked
+        job.save_agreed, job.save_asked = result.save_asked, False
         for callback in callbacks:
             callback.after_step(job)
         if result.stop_signal:

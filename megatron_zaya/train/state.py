@@ -56,7 +56,9 @@ class TrainingJob:
     stop_signal: int = 0
     """Number of the signal that asked for a stop; 0 if none."""
     save_asked: bool = False
-    """Set where somebody asks for a save; after the next step all ranks agree on it."""
+    """A wish of this rank alone, such as a switch file that it found; the next step tells the others."""
+    save_agreed: bool = False
+    """Some rank wished it before the last step, and all ranks know: save now."""
     skipped_in_a_row: int = 0
     """Steps without a finite loss since the last good one."""
     heartbeat: Heartbeat = field(default_factory=lambda: Heartbeat(None))

@@ -44,8 +44,7 @@ class SaveCheckpoints(Callback):
         """Report what has come to its end; save when due or asked for."""
         self._report(job, self.checkpointer.poll())
         due = self.interval and job.state.iteration % self.interval == 0
-        if due or job.save_asked:
-            job.save_asked = False
+        if due or job.save_agreed:
             self._save(job)
 
     def _is_safe(self, job: TrainingJob) -> bool:
