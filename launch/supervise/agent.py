@@ -283,18 +283,21 @@ async def run(address: str, folder: Path, host: str) -> int:
         loop.add_signal_handler(number, agent.signal_ranks, number)
     if await agent.serve():
         return 0
-    await _requeue_if_orphaned(host)
+    await _requeue_if_orphaned(host, folder)
     return 1
 
 
-async def _requeue_if_orphaned(host: str) -> None:
+async def _requeue_if_orphaned(host: str, folder: Path) -> None:
     """The controller is gone without a word: its node died, and with --no-kill the allocation would idle on."""
     job_id = os.environ.get("SLURM_JOB_ID")
     if not job_id or not shutil.which("scontrol"):
         return
-    print(f"zaya agent on {host}: the controller is gone; requeueing job {job_id}", file=sys.stderr, flush=True)
-    process = await asyncio.create_subprocess_exec("scontrol", "requeue", job_id)
-    await process.wait()
+    process = await asyncio.create_subprocess_exec(
+        "scontrol", "requeue", job_id, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+    )
+    said = (await process.communicate())[0].decode(errors="replace").strip()
+    with (folder / "agents.log").open("a", encoding="utf-8") as file:  # srun, which carried our output, may be gone
+        file.write(f"zaya agent on {host}: the controller is gone; requeueing job {job_id} {said}\n")
 
 
 def main() -> int:
