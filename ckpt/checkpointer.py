@@ -23,7 +23,7 @@ from torch.distributed import ProcessGroup
 
 from ckpt.errors import CheckpointError
 from ckpt.manifest import MANIFEST, piece_record, tensor_records
-from ckpt.memory import Ring, parts_of, stage
+from ckpt.memory import Ring, parts_of, signature_of, stage
 from ckpt.rankfile import FilePlan, plan_file
 from ckpt.restore import LoadReport, load_newest
 from ckpt.retention import Retention
@@ -209,9 +209,9 @@ class Checkpointer:
 
     def _plan_of(self, shards: Sequence[Shard]) -> FilePlan:
         """Return the plan of this rank's file; planned once for all saves of equal descriptions."""
-        parts = parts_of(shards)
-        if self._plan is None or self._plan[0] != parts:
-            self._plan = (parts, plan_file(parts, self.rank))
+        signature = signature_of(shards)
+        if self._plan is None or self._plan[0] != signature:
+            self._plan = (signature, plan_file(parts_of(shards), self.rank))
         return self._plan[1]
 
     def _order(

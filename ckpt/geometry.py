@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ckpt.region import Region
+from ckpt.region import Region, span
 
 Indices = NDArray[np.int64]
 
@@ -63,6 +63,13 @@ def _join(source: Indices, target: Indices, length: Indices) -> Copies:
 _NOTHING = Copies(*(np.empty(0, dtype=np.int64) for _ in range(3)))
 
 
+def _single(start: int, stop: int, source: int, target: int) -> Copies:
+    """Return the one copy of elements [start, stop), where the regions begin at ``source`` and ``target``."""
+    if start >= stop:
+        return _NOTHING
+    return Copies(*np.array([[start - source], [start - target], [stop - start]], dtype=np.int64))
+
+
 def _boxes_meet(a: Region, b: Region) -> bool:
     sides = zip(a.offset, a.shape, b.offset, b.shape, strict=True)
     return all(ao < bo + bs and bo < ao + size for ao, size, bo, bs in sides)
@@ -73,12 +80,10 @@ def overlap(source: Region, target: Region, global_shape: tuple[int, ...]) -> Co
     if not source.numel or not target.numel or not _boxes_meet(source, target):
         return _NOTHING
     if (source.offset, source.shape) == (target.offset, target.shape):
-        start, stop = max(source.start, target.start), min(source.stop, target.stop)
-        if start >= stop:
-            return _NOTHING
-        return Copies(
-            *(np.array([n], dtype=np.int64) for n in (start - source.start, start - target.start, stop - start))
-        )
+        return _single(max(source.start, target.start), min(source.stop, target.stop), source.start, target.start)
+    a_span, b_span = span(source, global_shape), span(target, global_shape)
+    if a_span is not None and b_span is not None:
+        return _single(max(a_span[0], b_span[0]), min(a_span[1], b_span[1]), a_span[0], b_span[0])
     a, b = _runs(source, global_shape), _runs(target, global_shape)
     low = np.searchsorted(b.position + b.length, a.position, side="right")
     high = np.searchsorted(b.position, a.position + a.length, side="left")
@@ -93,20 +98,9 @@ def overlap(source: Region, target: Region, global_shape: tuple[int, ...]) -> Co
     return _join(a.local[ia] + start - a.position[ia], b.local[ib] + start - b.position[ib], stop - start)
 
 
-def tiling_error(regions: list[Region], global_shape: tuple[int, ...]) -> str | None:
-    """Return None if the regions hold every element of the tensor exactly once, else what is wrong."""
-    numel = math.prod(global_shape)
-    held = sum(region.numel for region in regions)
-    if held != numel:
-        return f"its parts hold {held} elements, the tensor has {numel}"
-    return "some of its parts overlap" if overlapping(regions, global_shape) else None
-
-
-def overlapping(regions: list[Region], global_shape: tuple[int, ...]) -> bool:
-    """Return whether any two of the regions share an element."""
-    filled = [_runs(region, global_shape) for region in regions if region.numel]
-    if len(filled) < 2:
-        return False
+def runs_overlap(regions: list[Region], global_shape: tuple[int, ...]) -> bool:
+    """Return whether any two of the regions, none of them empty, share an element."""
+    filled = [_runs(region, global_shape) for region in regions]
     position = np.concatenate([runs.position for runs in filled])
     length = np.concatenate([runs.length for runs in filled])
     order = np.argsort(position)

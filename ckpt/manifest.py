@@ -240,7 +240,9 @@ def _count(value: Any) -> int:
 
 
 def _counts(values: Any) -> tuple[int, ...]:
-    return tuple(_count(value) for value in _typed(values, list))
+    for value in _typed(values, list):
+        _count(value)
+    return tuple(values)
 
 
 def _tensor(key: str, record: Any) -> TensorInfo:
@@ -281,9 +283,9 @@ def _piece(item: Any, tensors: dict[str, TensorInfo], name: str) -> Piece:
         raise _ImpossibleError(f"{name}: holds {key!r:.80}, which is no tensor of this step")
     region = Region(_counts(offset), _counts(shape), _count(start), _count(stop))
     whole = tensors[key].shape
-    inside = len(region.offset) == len(region.shape) == len(whole) and all(
-        o + n <= w for o, n, w in zip(region.offset, region.shape, whole, strict=True)
-    )
-    if not inside or not region.start <= region.stop <= math.prod(region.shape):
+    inside = len(region.offset) == len(region.shape) == len(whole)
+    if not inside or any(o + n > w for o, n, w in zip(region.offset, region.shape, whole, strict=True)):
+        raise _ImpossibleError(f"{name}: a part of {key!r} lies outside the tensor")
+    if not region.start <= region.stop <= math.prod(region.shape):
         raise _ImpossibleError(f"{name}: a part of {key!r} lies outside the tensor")
     return Piece(key, region, _count(begin))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -48,15 +48,37 @@ def parts_of(shards: Sequence[Shard]) -> list[Part]:
     ]
 
 
+def signature_of(shards: Sequence[Shard]) -> list[tuple[Any, ...]]:
+    """Return what a plan depends on, quick to make and to compare."""
+    return [
+        (
+            *(s.key, s.data.dtype, s.global_shape, s.global_offset, s.local_shape),
+            *(s.flattened_range, s.replica_id, s.writers),
+        )
+        for s in shards
+    ]
+
+
 def stage(shards: Sequence[Shard], plan: FilePlan, header: bytes, ring: Ring) -> None:
     """Copy a file's content, piece by piece, into the ring. Afterwards the tensors may change."""
     ring.put_bytes(header)
-    for piece, (number, first) in zip(plan.pieces, plan.sources, strict=True):
-        data = shards[number].data.detach()
-        if not data.is_contiguous():
-            data = data.contiguous()
-        ring.put(data, first * data.element_size(), piece.region.numel * data.element_size())
+    tensors = [shard.data if shard.data.is_contiguous() else shard.data.contiguous() for shard in shards]
+    if ring.holds(plan.size) and all(tensor.is_cpu for tensor in tensors):
+        base, copied = ring.base, 0
+        for number, first, begin, size in plan.copies:
+            ctypes.memmove(base + begin, tensors[number].data_ptr() + first, size)
+            copied += size
+            if copied >= _ANNOUNCE:
+                copied, ring.arena.staged = 0, begin + size
+        ring.at = plan.size
+    else:
+        for number, first, _, size in plan.copies:
+            ring.put(tensors[number].detach(), first, size)
     ring.flush()
+
+
+_ANNOUNCE = 16 << 20
+"""Bytes after which the writer is told of what has been staged."""
 
 
 class Ring:
@@ -68,6 +90,10 @@ class Ring:
         self.base = arena.address
         self.at = 0
         self.stream: torch.cuda.Stream | None = None
+
+    def holds(self, size: int) -> bool:
+        """Return whether a file of ``size`` bytes never wraps around, so that positions are the file's own."""
+        return size <= self.arena.capacity
 
     def _room(self, size: int) -> tuple[int, int]:
         """Return (ring position, bytes): how much of ``size`` can go there at once; waits if the ring is full."""

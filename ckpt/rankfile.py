@@ -42,8 +42,8 @@ class FilePlan:
     """A rank's file before it has content."""
 
     pieces: list[Piece]
-    sources: list[tuple[int, int]]
-    """For each piece: number of its part, first element within the part."""
+    copies: list[tuple[int, int, int, int]]
+    """For each piece: number of its part, first byte within the part, first byte of the file, bytes."""
     tensors: dict[str, TensorInfo]
     size: int
     """Bytes of the file."""
@@ -103,8 +103,11 @@ def plan_file(parts: Sequence[Part], rank: int) -> FilePlan:
         Piece(parts[n].key, _cut(parts[n].region, start, stop), data_begin + begin)
         for (n, start, stop), begin in zip(chosen, places, strict=True)
     ]
-    sources = [(number, start) for number, start, _ in chosen]
-    return FilePlan(pieces, sources, tensors, data_begin + end, data_begin, struct.pack("<Q", len(text)) + text)
+    copies = []
+    for (number, start, stop), begin in zip(chosen, places, strict=True):
+        size = ITEM_BYTES[parts[number].dtype]
+        copies.append((number, start * size, data_begin + begin, (stop - start) * size))
+    return FilePlan(pieces, copies, tensors, data_begin + end, data_begin, struct.pack("<Q", len(text)) + text)
 
 
 def _box_numel(region: Region) -> int:

@@ -21,9 +21,9 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from ckpt.errors import CheckpointError, CorruptCheckpointError
-from ckpt.geometry import Copies, overlap, overlapping
+from ckpt.geometry import Copies, overlap
 from ckpt.manifest import FileInfo, Manifest, TensorInfo, digest
-from ckpt.region import Region
+from ckpt.region import Region, overlapping
 from ckpt.storage import ALIGNMENT
 
 THREADS = 3
@@ -184,6 +184,11 @@ def _chunk_tasks(file: FileInfo, transfers: list[_Transfer]) -> list[_ChunkTask]
     """Return the chunks of a file that hold anything wanted, each with the transfers that it serves."""
     by_chunk: dict[int, list[_Transfer]] = {}
     for transfer in transfers:
+        if len(transfer.copies.source) == 1:
+            last_chunk = (transfer.end - 1) // file.chunk_bytes
+            for index in range(transfer.begin // file.chunk_bytes, last_chunk + 1):
+                by_chunk.setdefault(index, []).append(transfer)
+            continue
         first = transfer.copies.source // file.chunk_bytes
         last = (transfer.copies.source + transfer.copies.length - 1) // file.chunk_bytes
         touched = set(np.unique(np.concatenate([first, last])).tolist())
@@ -254,7 +259,12 @@ class _Descriptors:
 def _copy(chunk: Bytes, begin: int, end: int, transfer: _Transfer) -> None:
     """Copy what a transfer wants of the file's bytes [begin, end), which lie in ``chunk``."""
     source, target, length = transfer.copies
-    first = int(np.searchsorted(source + length, begin, side="right")) if len(source) > 1 else 0
+    if len(source) == 1:
+        start, stop = max(transfer.begin, begin), min(transfer.end, end)
+        at = int(target[0]) + start - transfer.begin
+        _strided_copy(transfer.target.memory, at, 0, chunk, start - begin, 0, stop - start, 1)
+        return
+    first = int(np.searchsorted(source + length, begin, side="right"))
     last = int(np.searchsorted(source, end, side="left"))
     source, target, length = source[first:last].copy(), target[first:last].copy(), length[first:last].copy()
     if not len(source):

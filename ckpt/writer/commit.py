@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from ckpt.errors import CheckpointError, CorruptCheckpointError
-from ckpt.manifest import FORMAT, MANIFEST, VERSION, Manifest, manifest_bytes, parse_manifest, unseal
-from ckpt.region import Region
+from ckpt.manifest import FORMAT, MANIFEST, VERSION, Manifest, parse_manifest, seal, unseal
+from ckpt.region import Region, tiling_error
 from ckpt.retention import Retention, prune
 from ckpt.steps import LATEST, PARTIAL, is_leftover, old_dir, step_dir
 from ckpt.storage import Storage
@@ -60,8 +60,7 @@ def commit(order: CommitOrder, storage: Storage) -> Path:
     """
     try:
         _wait_for_parts(order, storage)
-        manifest = _merge(order)
-        storage.write_small(order.folder / MANIFEST, manifest_bytes(manifest))
+        storage.write_small(order.folder / MANIFEST, seal("manifest", _merge(order)))
         for rank in order.ranks:
             storage.unlink(order.folder / part_name(rank, order.save_id))
         storage.sync_folder(order.folder)
@@ -99,8 +98,8 @@ def _wait_for_parts(order: CommitOrder, storage: Storage) -> None:
         pause = min(pause * 1.5, 0.2)
 
 
-def _merge(order: CommitOrder) -> Manifest:
-    """Make the manifest of the step; the parts must make whole tensors, each element written once."""
+def _merge(order: CommitOrder) -> dict[str, Any]:
+    """Return the JSON value of the manifest; the parts must make whole tensors, each element written once."""
     tensors: dict[str, Any] = {}
     files = []
     for rank in order.ranks:
@@ -130,7 +129,7 @@ def _merge(order: CommitOrder) -> Manifest:
     manifest = parse_manifest(value, order.folder / MANIFEST)
     if order.node is None:
         check_complete(manifest)
-    return manifest
+    return value
 
 
 def check_complete(manifest: Manifest) -> None:
@@ -139,8 +138,6 @@ def check_complete(manifest: Manifest) -> None:
     Raises:
         CheckpointError: they do not; names the tensor.
     """
-    from ckpt.geometry import tiling_error  # numpy: only where a commit is made
-
     regions: dict[str, list[Region]] = {key: [] for key in manifest.tensors}
     for file in manifest.files:
         for piece in file.pieces:

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckpt.geometry import overlap, tiling_error
-from ckpt.region import Region
+from ckpt.geometry import overlap
+from ckpt.region import Region, tiling_error
 
 
 @st.composite
