@@ -11,7 +11,7 @@ the gathering of parameters, takes it as its inner optimizer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,11 +38,6 @@ class MuonAdamW(torch.optim.AdamW):
     def _groups(self, algorithm: str) -> list[dict[str, Any]]:
         return [group for group in self.param_groups if group.get("algorithm", "adamw") == algorithm]
 
-    def _muon_shards(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
-        for group in self._groups("muon"):
-            for shard in group["params"]:
-                yield group, shard
-
     def allocate(self) -> None:
         """Create the state that the first step would, for what has none."""
         for group in self._groups("adamw"):
@@ -51,9 +46,10 @@ class MuonAdamW(torch.optim.AdamW):
                     step = torch.zeros((), device=shard.device if group["fused"] else None)
                     moments = {name: torch.zeros_like(shard) for name in ("exp_avg", "exp_avg_sq")}
                     self.state[shard] = {"step": step, **moments}
-        for _, shard in self._muon_shards():
-            if not self.state[shard]:
-                self.state[shard] = {"momentum_buffer": torch.zeros_like(shard)}
+        for group in self._groups("muon"):
+            for shard in group["params"]:
+                if not self.state[shard]:
+                    self.state[shard] = {"momentum_buffer": torch.zeros_like(shard)}
 
     def set_steps_done(self, steps: int) -> None:
         """Set the number of steps that AdamW's bias correction counts."""
@@ -76,15 +72,21 @@ class MuonAdamW(torch.optim.AdamW):
         self.steps_done += 1
 
     def _step_muon(self) -> None:
-        directions = {}
-        for group, shard in self._muon_shards():
-            momentum = self.state[shard]["momentum_buffer"].mul_(group["momentum"]).add_(shard.grad)
+        groups = [group for group in self._groups("muon") if group["params"]]
+        for group in groups:
+            gradients = [shard.grad for shard in group["params"]]
+            momenta = [self.state[shard]["momentum_buffer"] for shard in group["params"]]
+            torch._foreach_mul_(momenta, group["momentum"])
+            torch._foreach_add_(momenta, gradients)
             if group["nesterov"]:
-                directions[shard] = shard.grad.add_(momentum, alpha=group["momentum"])
+                torch._foreach_add_(gradients, momenta, alpha=group["momentum"])
             else:
-                directions[shard] = shard.grad.copy_(momentum)
+                torch._foreach_copy_(gradients, momenta)
         if self.orthogonalize is not None:
-            self.orthogonalize(directions)
-        for group, shard in self._muon_shards():
-            shard.mul_(1 - group["lr"] * group["weight_decay"])
-            shard.add_(directions[shard], alpha=-group["lr"] * self.update_scales[shard])
+            self.orthogonalize({shard: shard.grad for group in groups for shard in group["params"]})
+        for group in groups:
+            shards, rate = group["params"], group["lr"]
+            directions = [shard.grad for shard in shards]
+            torch._foreach_mul_(shards, 1 - rate * group["weight_decay"])
+            torch._foreach_mul_(directions, [-rate * self.update_scales[shard] for shard in shards])
+            torch._foreach_add_(shards, directions)
