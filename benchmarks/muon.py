@@ -39,7 +39,7 @@ from torch import Tensor
 from megatron_zaya.config import load_config
 from megatron_zaya.optim.exchange import Grid, ShardedOrthogonalizer
 from megatron_zaya.optim.newton_schulz import orthogonalize
-from megatron_zaya.optim.pieces import Slot, make_plan, workspace
+from megatron_zaya.optim.pieces import Slot, make_plan, workspaces
 from megatron_zaya.optim.scratch import Scratch, largest_free_region
 from megatron_zaya.optim.table import Row, optimizer_table
 
@@ -154,7 +154,7 @@ def computed(dp_size: int, rows: list[Row]) -> dict[str, Any]:
         placed = buckets([row for row in rows if row.is_expert == expert], dp_size)
         region = max(slot.bucket_numel for _, slot in placed) * (dp_size - 1) // dp_size
         plan = make_plan([slot for row, slot in placed if row.rule.algorithm == "muon"], 1, dp_size)
-        most = 2 * max(workspace(plan, rank).numel for rank in range(dp_size))
+        most = 2 * max(needed.numel for needed in workspaces(plan, dp_size))
         # Before or after the own chunk: at least half of what is not its own, in fp32.
         needed, free = max(needed, most), max(free, max(0, most - 4 * region // 2))
         waves, spans = max(waves, len(plan.waves)), max(spans, *(len(m.pieces) for m in plan.matrices))

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
 from megatron_zaya.optim.newton_schulz import newton_schulz
-from megatron_zaya.optim.pieces import Matrix, Plan, Slot, workspace
+from megatron_zaya.optim.pieces import Matrix, Plan, Slot, workspaces
 from megatron_zaya.optim.scratch import Scratch
 
 
@@ -78,7 +78,7 @@ class ShardedOrthogonalizer:
         """
         self.grid, self.steps, self.dtype = grid, steps, dtype
         self.shard_starts = [slot.owned(grid.rank % grid.dp_size, grid.dp_size)[0] for slot in slots]
-        self.workspace = workspace(plan, grid.rank)
+        self.workspace = workspaces(plan, grid.tp_size * grid.dp_size)[grid.rank]
         self.local = [plan.matrices[index] for index in plan.local.get(grid.rank, ())]
         self.waves = [_wave(plan, number, grid, self.shard_starts) for number in range(len(plan.waves))]
 

@@ -194,16 +194,16 @@ class Workspace:
         return 4 * self.send + 4 * self.matrix + 2 * self.gram
 
 
-def workspace(plan: Plan, rank: int) -> Workspace:
-    """Return what ``rank`` needs at most."""
-    own = [plan.matrices[i] for i in plan.local.get(rank, ())]
-    own += [plan.matrices[wave[rank]] for wave in plan.waves if rank in wave]
-    sends = [
-        sum(piece.numel for i in wave.values() for piece in plan.matrices[i].pieces if piece.rank == rank)
-        for wave in plan.waves
-    ]
-    return Workspace(
-        send=max(sends, default=0),
-        matrix=max((m.numel for m in own), default=0),
-        gram=max((min(m.rows, m.cols) ** 2 for m in own), default=0),
-    )
+def workspaces(plan: Plan, ranks: int) -> list[Workspace]:
+    """Return what each rank of the grid needs at most."""
+    send, largest, gram = ([0] * ranks for _ in range(3))
+    for wave in plan.waves:
+        in_wave = [0] * ranks
+        for index in wave.values():
+            for piece in plan.matrices[index].pieces:
+                in_wave[piece.rank] += piece.numel
+        send = [max(pair) for pair in zip(send, in_wave, strict=True)]
+    for matrix, owner in zip(plan.matrices, plan.owners, strict=True):
+        largest[owner] = max(largest[owner], matrix.numel)
+        gram[owner] = max(gram[owner], min(matrix.rows, matrix.cols) ** 2)
+    return [Workspace(*sizes) for sizes in zip(send, largest, gram, strict=True)]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_zaya.optim.pieces import Slot, make_plan, workspace
+from megatron_zaya.optim.pieces import Slot, make_plan, workspaces
 
 
 @st.composite
@@ -88,6 +88,6 @@ def test_work_is_spread_and_the_working_space_does_not_grow_with_the_model():
         dp_size = matrices * 3 // 4
         plan = make_plan([Slot("fc", (matrices, 12, 12), 0, matrices * 144)], 1, dp_size)
         assert max(plan.owners.count(rank) for rank in range(dp_size)) <= 2
-        sizes.append(max(workspace(plan, rank).numel for rank in range(dp_size)))
+        sizes.append(max(needed.numel for needed in workspaces(plan, dp_size)))
         assert len(plan.waves) <= 2
     assert sizes[0] == sizes[-1]
