@@ -18,6 +18,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+# Started as a script, this folder comes first, and its topology.py would stand in for the package.
+sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
+
 from megatron_zaya.config import load_config
 from megatron_zaya.plan.hardware import Network, accelerator
 from megatron_zaya.plan.search import Wanted, search

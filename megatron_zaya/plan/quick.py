@@ -17,7 +17,7 @@ from megatron_zaya.plan.step_time import OVERLAP, Assumptions, layer_time
 Rerun = tuple[Recompute, tuple[str, ...]]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class QuickPrice:
     """What the time of all plans with the same degrees, micro-batch and recomputation follows from. Seconds."""
 

@@ -12,9 +12,12 @@ import yaml
 
 from tests.plan.small import LAYOUTS, SMALL, overrides_of, small_run
 
+# The allocator also sees what a kernel needs for itself, and no tensor shows that. At the peak of a last stage the CPU
+# adds a bf16 product [T, H] to an fp32 sum by casting it first (an accelerator casts in registers). Elsewhere a CPU
+# product may copy a transposed operand: a first stage, whose peak lies in a convolution, is 0.5 % below.
+KERNEL_WORKSPACE_BYTES = SMALL["data"]["seq_length"] * SMALL["model"]["hidden_size"] * 4
 
-# The allocator also sees what a kernel needs for itself; no tensor shows that. These peaks lie elsewhere. (Where the
-# peak lies in a convolution, torch's CPU product copies a transposed operand: on a first stage 0.5 % are missing.)
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_peak_equals_what_the_allocator_saw(tmp_path, layout):
     from megatron_zaya.plan.dryrun.run import dry_run
@@ -30,7 +33,28 @@ def test_peak_equals_what_the_allocator_saw(tmp_path, layout):
     allocator = json.loads(done.stdout.splitlines()[-1])
 
     predicted = dry_run(small_run(tmp_path, overrides_of(layout)), world_size, rank, kernels="cpu")
-    assert predicted.peak_bytes == pytest.approx(allocator["peak_bytes"], rel=1e-3)
+    missing = allocator["peak_bytes"] - predicted.peak_bytes
+    tolerance = 1e-3 * allocator["peak_bytes"]
+    assert -tolerance <= missing <= tolerance + (KERNEL_WORKSPACE_BYTES if "last" in layout else 0)
+
+
+@pytest.mark.parametrize("layout", ["pipeline", "tensor"])
+def test_peak_over_real_gloo_is_within_ten_percent(tmp_path, layout):
+    """Gloo copies whole buffers in its reduce-scatter and its transport allocates by itself: the bound is loose."""
+    from megatron_zaya.plan.dryrun.run import dry_run
+    from tests.plan.allocator import gloo_peaks
+    from tests.ranks import run_ranks
+
+    overrides = {
+        "pipeline": ["parallel.pipeline_model_parallel_size=2"],
+        "tensor": ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"],
+    }[layout]
+    run_file = tmp_path / "small.yaml"
+    run_file.write_text(yaml.safe_dump(SMALL))
+    real = run_ranks(gloo_peaks, 2, str(run_file), overrides)
+    for rank, peaks in enumerate(real):
+        predicted = dry_run(small_run(tmp_path, overrides), 2, rank, kernels="cpu")
+        assert predicted.peak_bytes == pytest.approx(peaks["peak_bytes"], rel=0.1)
 
 
 def test_flops_are_two_per_weight_and_token_forward_and_four_backward(tmp_path):
