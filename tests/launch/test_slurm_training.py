@@ -168,20 +168,20 @@ def test_preflight_and_collectives_by_plain_sbatch(cluster, workdir, site):
     assert (workdir / "preflight/fail.txt").read_text() == "n0\n"
 
 
-def test_the_death_of_the_batch_host_requeues_the_job(cluster, workdir):
+def test_the_death_of_the_batch_host_requeues_the_job(cluster, tmp_path):
     """The controller dies with its node; the agents notice. Ranks without torch: this is about the launcher."""
-    job = toy.make_job(workdir / "toy", iterations=400, nodes=1, spares=0)
+    job = toy.make_job(tmp_path / "toy", iterations=400, nodes=1, spares=0)
     job = replace(job, hosts=[], policy=replace(toy.POLICY, start_timeout_s=60))
     job.write()
     command = f"exec {sys.executable} -m launch.supervise {job.folder}"
     options = ["--nodes=2", "--nodelist=n1,n3", "--no-kill", "--requeue", "--open-mode=append", f"--wrap={command}"]
-    job_id = sbatch(cluster, REPOSITORY, *options, f"--output={workdir}/toy.out")
+    job_id = sbatch(cluster, REPOSITORY, *options, f"--output={tmp_path}/toy.out")
     log = job.folder / "events.jsonl"
-    wait(lambda: read_events(log, "training"), "first step", 60, lambda: output(workdir))
+    wait(lambda: read_events(log, "training"), "first step", 60, lambda: output(tmp_path))
     host = job_field(cluster, job_id, "BatchHost")
     cluster.crash_node(host)
     cluster.run(["scontrol", "update", f"nodename={host}", "state=down", "reason=test"])
-    wait(lambda: job_field(cluster, job_id, "Restarts") == "1", "requeue", 40, lambda: output(job.folder.parent))
+    wait(lambda: job_field(cluster, job_id, "Restarts") == "1", "requeue", 40, lambda: output(tmp_path))
     assert "requeueing job" in (job.folder / "agents.log").read_text()
     cluster.run(["scancel", job_id])
     reboot(cluster, host)
