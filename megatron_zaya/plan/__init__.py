@@ -1,1 +1,1 @@
-"""Which layouts are possible, and (one day) what they cost. Pure: no torch."""
+"""Which layouts are possible, what they need and how long they take. Pure: no torch, but in `dryrun`."""
