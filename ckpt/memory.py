@@ -4,7 +4,7 @@ the only code of this package that knows torch."""
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -84,8 +84,8 @@ _ANNOUNCE = 16 << 20
 class Ring:
     """Puts tensors one after the other into an arena, waiting for the writer where it must."""
 
-    def __init__(self, arena: Arena, wait_for: WaitFor, pinned: Tensor | None = None) -> None:
-        """Fill ``arena`` from its start; ``wait_for(position)`` returns once the file is written up to there."""
+    def __init__(self, arena: Arena, wait_for: Callable[[int], None], pinned: Tensor | None = None) -> None:
+        """Fill ``arena`` from its start; ``wait_for(position)`` returns when the file is written to there."""
         self.arena, self.wait_for, self.pinned = arena, wait_for, pinned
         self.base = arena.address
         self.at = 0
@@ -121,6 +121,7 @@ class Ring:
         with torch.cuda.stream(self.stream):
             while len(source):
                 position, count = self._room(len(source))
+                assert self.pinned is not None, "an arena is registered with the accelerator"
                 self.pinned[position : position + count].copy_(source[:count], non_blocking=True)
                 source = source[count:]
                 self.at += count
@@ -138,13 +139,6 @@ class Ring:
         if self.stream is not None:
             self.stream.synchronize()
         self.arena.staged = self.at
-
-
-class WaitFor:
-    """A function of a file position that returns once the writer is that far, or raises."""
-
-    def __call__(self, position: int) -> None:
-        """Wait."""
 
 
 def targets_of(shards: Sequence[Shard]) -> tuple[list[Target], list[tuple[Tensor, Tensor]]]:

@@ -141,7 +141,7 @@ def _unasked(group: ProcessGroup | None, manifest: Manifest | None, shards: Sequ
 
 
 def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+    return bool(torch.distributed.is_available() and torch.distributed.is_initialized())
 
 
 def _rank(group: ProcessGroup | None) -> int:
