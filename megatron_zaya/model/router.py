@@ -78,6 +78,8 @@ class ZayaRouter(MegatronModule):
         self.register_buffer("balancing_bias", bias)
         self.micro_batch_counts: list[Tensor] = []
         """Tokens per class of each training forward pass since the last optimizer step, fp32."""
+        self.chosen: Callable[[Tensor], Tensor] | None = None
+        """Sees the choices [T] once per forward pass, and returns those that count; see train/router_replay.py."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ZayaRouter:
         """Move the buffers with the module, but never cast them: a bias step is below bf16's resolution."""
@@ -117,6 +119,8 @@ class ZayaRouter(MegatronModule):
     def _choose(self, probs_TN: Tensor, counting: bool) -> Tensor:
         """Return the class of each token, and add them to the counts."""
         class_T = (probs_TN + self.balancing_bias).argmax(dim=-1)
+        if self.chosen is not None:
+            class_T = self.chosen(class_T)
         if counting:
             self.micro_batch_counts.append(torch.bincount(class_T, minlength=self.config.num_router_classes).float())
         return class_T
