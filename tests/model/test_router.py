@@ -168,3 +168,37 @@ def test_bf16_is_close_to_fp64():
     same = routing.class_T == expected.class_T
     assert same.float().mean() > 0.8
     assert (routing.prob_T - expected.prob_T)[same].abs().max() < 0.1
+
+
+def test_forced_choices_keep_the_router_gradients_right(pg_collection):
+    """Against central differences in fp64, with choices that are nobody's own and that include skips."""
+    from megatron_zaya.model.init import initialise
+    from tests.model.small import our_model
+
+    config = run_config()
+    config.run.fp32_islands = []  # their rounding would drown a difference of two losses
+    model = our_model(config, pg_collection, torch.float64).train()
+    initialise(model, model.config, seed=5)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():  # a start is too small: slopes must stand out
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    tokens = torch.randint(0, 101, (2, 18), generator=generator)
+    forced = torch.randint(0, 5, (3, 34), generator=generator)
+    for layer, choices in zip(model.layers, forced, strict=True):
+        layer.mlp.router.chosen = lambda class_T, choices=choices: choices
+
+    def loss() -> torch.Tensor:
+        return model(tokens[:, :-1], labels=tokens[:, 1:]).double().mean()
+
+    loss().backward()
+    for name, parameter in model.layers[1].mlp.router.named_parameters():
+        direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        expected = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                parameter += sign * 1e-4 * direction
+                expected.append(loss().item())
+                parameter -= sign * 1e-4 * direction
+        slope = (expected[0] - expected[1]) / 2e-4
+        assert (parameter.grad * direction).sum().item() == pytest.approx(slope, rel=2e-3, abs=1e-9), name
