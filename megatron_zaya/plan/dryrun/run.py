@@ -181,10 +181,12 @@ def _construct_and_step(config: RunConfig, observer: Observer, memory: LiveBytes
 
 
 def _optimizer_tensors(optimizer: Any) -> Iterator[torch.Tensor]:
-    """Yield the fp32 master parameters; moments are made by the first step."""
+    """Yield the fp32 master parameters, and the moments as far as they are made already."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         for group in part.optimizer.param_groups:
             yield from group["params"]
+        for state in part.optimizer.state.values():
+            yield from (value for value in state.values() if isinstance(value, torch.Tensor))
 
 
 @contextlib.contextmanager
