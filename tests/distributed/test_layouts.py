@@ -62,7 +62,7 @@ def measured(request, tmp_path_factory, text_prefix):  # noqa: F811
     selected = {
         item.callspec.params["layout"]
         for item in request.session.items
-        if hasattr(item, "callspec") and "layout" in item.callspec.params
+        if item.module is request.module and hasattr(item, "callspec") and "layout" in item.callspec.params
     }
     path = make_run_file.__wrapped__(tmp_path_factory.mktemp("layouts"), text_prefix)
     tree = yaml.safe_load(path.read_text())

@@ -42,8 +42,8 @@ def tree(folder: Path) -> dict[Path, float]:
             ["schedule.global_batch_size=7", "schedule.micro_batch_size=1"],
             "is not divided by micro_batch_size x data-parallel size=2",
         ),
-        (["parallel.tensor_model_parallel_size=2"], "model.num_query_groups=1 is not divided by"),
-        (["parallel.context_parallel_size=2"], "context parallelism is not there yet"),
+        (["parallel.tensor_model_parallel_size=2"], "sequence_parallel must be true with"),
+        (["parallel.context_parallel_size=3"], "is not divided by tensor x pipeline x context=3"),
     ],
 )
 def test_bad_input_is_one_message_in_seconds_and_writes_nothing(run_file, tmp_path, overrides, message):  # noqa: F811
