@@ -7,7 +7,7 @@ SETUP_STAMP := $(VENV)/.installed
 SOURCES := megatron_zaya ckpt topology launch tests benchmarks tools setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup smoke check format test test-mcore-latest bench clean
+.PHONY: help setup smoke check format test test-soak test-mcore-latest bench clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -38,6 +38,10 @@ format: setup  ## rewrite the sources in the project's format
 test: setup  ## the whole test-suite
 	tools/install_apt_packages.sh
 	OMP_NUM_THREADS=1 $(BIN)/pytest
+
+test-soak: setup  ## the long tests too: every layout, 1,024 Slurm tasks, 200 crash points (half an hour)
+	tools/install_apt_packages.sh
+	OMP_NUM_THREADS=1 $(BIN)/pytest --soak
 
 bench: setup  ## every benchmark, as JSON
 	for file in benchmarks/*.py; do $(BIN)/python $$file --json; done

@@ -9,6 +9,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 
 
+def pytest_addoption(parser):
+    parser.addoption("--soak", action="store_true", help="run the long tests too (make test-soak)")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave the long tests to `--soak`: what remains is the gate of every change, and has to stay short."""
+    if config.getoption("--soak"):
+        return
+    long = [item for item in items if item.get_closest_marker("soak")]
+    config.hook.pytest_deselected(items=long)
+    items[:] = [item for item in items if not item.get_closest_marker("soak")]
+
+
 @pytest.fixture(scope="module")
 def pg_collection():
     """Megatron-Core's process groups of a world of one rank (no network: an in-process store)."""

@@ -47,6 +47,9 @@ LAYOUTS: dict[str, tuple[int, dict]] = {
     "tp8_on_two_kv_heads": (8, TP8),
 }
 
+SOAK = ["cp4", "cp2_dp2", "cp2_pp2", "tp2_ep2_dp2", "pp2_interleaved_ep2", "tp8_on_two_kv_heads"]
+"""Layouts that only the long test run takes; each is a part or a relative of another."""
+
 PACKED: dict[str, tuple[int, dict]] = {
     "packed_cp2": (2, CP2),
     "packed_cp2_ring_pp2": (4, CP2 | RING | PP2),

@@ -12,7 +12,7 @@ import yaml
 
 from megatron_zaya.data.prepare import prepare
 from megatron_zaya.parallel.sequence import merge_zigzag
-from tests.distributed.layouts import LAYOUTS, PACKED, SAVED
+from tests.distributed.layouts import LAYOUTS, PACKED, SAVED, SOAK
 from tests.distributed.measure import GLOBAL_BATCH, REFERENCES, STEPS, measure, resume, variant_of
 from tests.ranks import run_ranks
 from tests.train.conftest import run_file as make_run_file
@@ -54,6 +54,9 @@ def assert_close(ours: np.ndarray, theirs: np.ndarray, what: str) -> None:
     scale = np.abs(theirs).max()
     error = np.abs(ours - theirs).max()
     assert error <= TOLERANCE * scale, f"{what}: {error / scale if scale else error:.2e}"
+
+
+EVERY = [pytest.param(name, marks=pytest.mark.soak) if name in SOAK else name for name in ALL]
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +110,7 @@ def both(measured: dict, layout: str, what: str) -> tuple:
     return measured[layout][what], measured[REFERENCES[variant_of(layout, ALL[layout][1])]][what]
 
 
-@pytest.mark.parametrize("layout", ALL)
+@pytest.mark.parametrize("layout", EVERY)
 def test_logits_equal_those_of_one_rank(measured, layout):
     ours, one = both(measured, layout, "logits")
     assert set(ours) == set(one)
@@ -115,7 +118,7 @@ def test_logits_equal_those_of_one_rank(measured, layout):
         assert_close(ours[sample], logits, f"sample {sample}")
 
 
-@pytest.mark.parametrize("layout", ALL)
+@pytest.mark.parametrize("layout", EVERY)
 def test_every_gathered_gradient_equals_that_of_one_rank(measured, layout):
     ours, one = both(measured, layout, "gradients")
     assert set(ours) == set(one)
@@ -123,7 +126,7 @@ def test_every_gathered_gradient_equals_that_of_one_rank(measured, layout):
         assert_close(ours[name], gradient, name)
 
 
-@pytest.mark.parametrize("layout", ALL)
+@pytest.mark.parametrize("layout", EVERY)
 def test_the_loss_curve_equals_those_of_one_rank(measured, layout):
     ours, one = (np.array(curve) for curve in both(measured, layout, "curve"))
     np.testing.assert_allclose(ours[:, 0], one[:, 0], rtol=TOLERANCE)

@@ -64,6 +64,7 @@ def zaya(cluster: SlurmCluster, folder: Path, *arguments: str) -> subprocess.Com
     return cluster.run([str(BIN / "zaya"), *arguments], cwd=folder, extra_env=ENVIRONMENT, check=False, timeout_s=100)
 
 
+@pytest.mark.soak
 def test_1024_tasks_know_who_they_are(big, run_folder):
     done = zaya(big, run_folder, "submit", "run.yaml", "--plan", "plan.yaml", "--site", "site.yaml", "--rehearse")
     assert done.returncode == 0, done.stderr
