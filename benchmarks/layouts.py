@@ -72,6 +72,7 @@ def measure_rank(overrides: list[str], layouts: dict[str, dict], rounds: int, st
     from launch.env import read_rank_env
     from megatron_zaya.config import load_config
     from megatron_zaya.train.setup import distributed_world
+    from tests.plan.allocator import held_bytes
 
     env = read_rank_env()
     configs = {
@@ -83,7 +84,7 @@ def measure_rank(overrides: list[str], layouts: dict[str, dict], rounds: int, st
         for name, config in configs.items():
             with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
                 take_steps(config, env, device, 1)
-            results[name]["peak_bytes"] = peak_bytes(profiler)
+            results[name]["peak_bytes"] = held_bytes(profiler)["peak_bytes"]
         for _ in range(rounds):
             for name, config in configs.items():
                 results[name]["seconds"].append(statistics.median(take_steps(config, env, device, steps)))
@@ -108,16 +109,6 @@ def take_steps(config: Any, env: Any, device: Any, count: int) -> list[float]:
         seconds.append(time.perf_counter() - began)
     release_process_groups()
     return seconds[1:]
-
-
-def peak_bytes(profiler: Any) -> int:
-    """Return the most bytes that the allocations of a profile held at once."""
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
 
 
 def compare(world: int, layouts: dict[str, dict], options: argparse.Namespace, prefix: Path) -> dict[str, Any]:

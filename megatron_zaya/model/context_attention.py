@@ -22,11 +22,8 @@ from torch.autograd.function import once_differentiable
 
 from megatron_zaya.model.attention_kernels import block_backward, block_forward
 from megatron_zaya.model.attention_plan import Piece, visible_pieces
+from megatron_zaya.model.precision import wide_dtype
 from megatron_zaya.parallel.sequence import LocalSequence, Span, exchange, gather_sequence, scatter_sum, wait
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _rows(x_SBXD: Tensor, sample: int | None, start: int, stop: int, flip: bool) -> Tensor:
@@ -39,7 +36,7 @@ class _Softmax:
     """Output [S, B, Q, D] and logarithm of the softmax sum [S, B, Q, 1] of the blocks seen so far."""
 
     def __init__(self, q_SBQD: Tensor, merges: bool) -> None:
-        wide = _wide(q_SBQD.dtype)
+        wide = wide_dtype(q_SBQD.dtype)
         self.out = q_SBQD.new_empty(q_SBQD.shape, dtype=wide if merges else q_SBQD.dtype)
         self.log_sum = q_SBQD.new_empty(*q_SBQD.shape[:3], 1, dtype=wide)
 
@@ -85,7 +82,7 @@ def _add_gradients(
 
 
 def _zeros_like(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(torch.zeros_like(x, dtype=_wide(x.dtype), memory_format=torch.contiguous_format) for x in tensors)
+    return tuple(torch.zeros_like(x, dtype=wide_dtype(x.dtype), memory_format=torch.contiguous_format) for x in tensors)
 
 
 def _gathered_keys(k_SBKD: Tensor, v_SBKD: Tensor, sequence: LocalSequence) -> tuple[Tensor, ...]:

@@ -15,22 +15,10 @@ import yaml
 from launch.supervise.record import read_events
 from megatron_zaya.data.prepare import prepare
 from tests.slurm_cluster import SlurmCluster, missing, slurm_cluster
+from tests.train.conftest import TINY_MODEL
 
 REPOSITORY = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-MODEL = dict(
-    num_layers=2,
-    hidden_size=32,
-    num_attention_heads=2,
-    num_query_groups=1,
-    kv_channels=16,
-    num_moe_experts=3,
-    moe_ffn_hidden_size=16,
-    router_hidden_size=16,
-    vocab_size=258,
-    max_position_embeddings=64,
-    rotary_base=10_000.0,
-)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +28,7 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prepare(["python-stdlib"], folder / "text", limit_documents=60, workers=1)
     tree = {
         "run": {"name": "tiny", "precision": "fp32"},
-        "model": MODEL,
+        "model": TINY_MODEL,
         "optimizer": {"lr": 1e-2, "min_lr": 1e-3},
         "schedule": dict(train_iters=12, global_batch_size=8, micro_batch_size=2, lr_warmup_iters=1),
         "data": {"data_path": [str(folder / "text")], "seq_length": 32},

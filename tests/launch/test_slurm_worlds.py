@@ -13,8 +13,9 @@ import yaml
 from launch.coordinates import groups_of
 from launch.rehearse import digest
 from megatron_zaya.data.prepare import prepare
-from tests.launch.conftest import BIN, ENVIRONMENT, MODEL, REPOSITORY, job_field, output, wait
+from tests.launch.conftest import BIN, ENVIRONMENT, REPOSITORY, job_field, output, wait
 from tests.slurm_cluster import SlurmCluster, missing, slurm_cluster
+from tests.train.conftest import TINY_MODEL
 from topology.build import load_fabric
 from topology.emit.slurm import topology_conf
 from topology.groups import derive_groups
@@ -35,7 +36,7 @@ def big(tmp_path_factory):
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
     """A folder with a run of 1,024 ranks: plan, site and run file."""
-    model = MODEL | {"num_layers": 8, "num_moe_experts": 8}
+    model = TINY_MODEL | {"num_layers": 8, "num_moe_experts": 8}
     tree = {
         "run": {"name": "big"},
         "model": model,

@@ -21,7 +21,7 @@ from megatron_zaya.plan.dryrun.run import _construct_and_step, default_skip_shar
 from megatron_zaya.plan.dryrun.shapes import ForcedRouting
 
 
-def _peaks(profiler: profile) -> dict[str, int]:
+def held_bytes(profiler: profile) -> dict[str, int]:
     """Return the most bytes that the allocator held, and those that it held at the end."""
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     live = peak = 0
@@ -36,7 +36,7 @@ def allocator_peaks(run_file: str, world_size: int, rank: int, overrides: list[s
     config = load_config(run_file, overrides)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         dry_run(config, world_size, rank, device=torch.device("cpu"), track=False)
-    return _peaks(profiler)
+    return held_bytes(profiler)
 
 
 class _RealWorld(Observer):
@@ -57,7 +57,7 @@ def gloo_peaks(run_file: str, overrides: list[str]) -> dict[str, int]:
     observer = _RealWorld(routing, None, device)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, observer:
         _construct_and_step(config, observer, LiveBytes(), device)
-    peaks = _peaks(profiler)
+    peaks = held_bytes(profiler)
     release_process_groups()
     torch.distributed.destroy_process_group()
     return peaks
