@@ -25,6 +25,8 @@ class Supervision:
     stacks_file: Path | None = None
     """Where SIGUSR2 makes the rank write the stacks of all its threads."""
     attempt: int = 0
+    causes: tuple[str, ...] = ()
+    """Why each earlier attempt ended: categories of incidents, or "requeue"."""
     drill: str = ""
     """Faults to rehearse, see `megatron_zaya/config/drill.py`."""
 

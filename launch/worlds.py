@@ -34,6 +34,7 @@ def supervision(environ: Mapping[str, str]) -> Supervision:
         heartbeat_file=path("ZAYA_HEARTBEAT_FILE"),
         stacks_file=path("ZAYA_STACKS_FILE"),
         attempt=int(environ.get("ZAYA_ATTEMPT", "0")),
+        causes=tuple(filter(None, environ.get("ZAYA_CAUSES", "").split(","))),
         drill=environ.get("ZAYA_DRILL", ""),
     )
 

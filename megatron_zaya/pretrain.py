@@ -55,6 +55,7 @@ def main(argv: list[str]) -> int:
     # torch and Megatron-Core are imported only now: a mistake in the input is reported in a second.
     from megatron_zaya.parallel.groups import release_process_groups
     from megatron_zaya.train.loop import train
+    from megatron_zaya.train.report import phase_started
     from megatron_zaya.train.setup import build_callbacks, build_job, distributed_world
 
     heartbeat.beat("join")
@@ -62,6 +63,8 @@ def main(argv: list[str]) -> int:
         for phase in unfinished_phases(config):
             heartbeat.beat("build")
             job = build_job(phase, env, device)
+            if config.phases:
+                job.events.emit(phase_started(config, phase))
             try:
                 reason = train(job, build_callbacks(phase, env))
             finally:

@@ -170,6 +170,7 @@ class Controller:
             "MASTER_PORT": str(self.base_port + MEETING + 2 * (self.attempt % 2)),
             "ZAYA_HOSTFILE": str(hostfile),
             "ZAYA_ATTEMPT": str(self.attempt),
+            "ZAYA_CAUSES": ",".join(self._causes()),
             "ZAYA_DRILL": self.job.drill,
         }
         ranks: dict[int, str] = {}
@@ -178,6 +179,11 @@ class Controller:
             ranks |= dict.fromkeys(own, host)
             self._send(host, "start", attempt=self.attempt, ranks=own, environment=environment)
         return Watch(ranks, self.job.policy, time.monotonic())
+
+    def _causes(self) -> list[str]:
+        """Return why each attempt before this one ended."""
+        incidents = {incident["attempt"]: incident["category"] for incident in self.events.read("incident")}
+        return [incidents.get(attempt, "requeue") for attempt in range(self.attempt)]
 
     def _hear(self, attempt: Watch, host: str, message: Message) -> None:
         """Put one message of an agent into the picture."""

@@ -306,6 +306,10 @@ class TelemetryConfig(Section):
     """Report a loss that many deviations above the median of the last ones; 0 reports none."""
     loss_spike_window: PositiveInt = 100
     """Iterations that a loss is compared with."""
+    health_interval: PositiveInt = 10
+    """Iterations between reports of each layer's expert load, of memory, and of where steps wait."""
+    peak_tflops: PositiveFloat | None = None
+    """Peak TFLOP/s of one accelerator, for MFU; None takes the vendor's figure where the device is known."""
     grad_norm_groups_interval: NonNegativeInt = 0
     """Iterations between reports of the gradient norm by group of parameters; 0 reports none."""
     loss_curve: bool = True

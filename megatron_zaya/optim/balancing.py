@@ -14,6 +14,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -26,40 +27,40 @@ BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
 
 @dataclass(frozen=True)
 class LoadReport:
-    """How the tokens of a global batch spread over the experts of all layers."""
+    """How the tokens of a global batch spread over the experts of L layers; lists go by layer."""
 
-    skip_rate: float
-    """Share of (token, layer) pairs that went to the skip class."""
-    max_expert_load: float
-    """Busiest expert of any layer, in multiples of an even share of the dispatched tokens."""
-    mean_load_violation: float
-    """Mean over layers of (busiest expert / even share) - 1."""
-    load_entropy: float
-    """Mean over layers of the entropy of the experts' load, in multiples of its maximum; 1 is even."""
-    min_load_entropy: float
-    """That of the least even layer."""
-    dead_experts: int
-    """(Layer, expert) pairs without a token."""
+    expert_loads: list[list[float]]
+    """[L][E] in multiples of an even share of the layer's dispatched tokens."""
+    load_violation: list[float]
+    """(Busiest expert / even share) - 1."""
+    load_entropy: list[float]
+    """Entropy of the experts' load, in multiples of its maximum; 1 is even."""
+    dead_experts: list[int]
+    """Experts without a token."""
+    skip_rate: list[float]
+    """Share of the tokens that went to the skip class."""
+
+    @property
+    def max_expert_load(self) -> float:
+        """Busiest expert of any layer, in multiples of an even share."""
+        return max(self.load_violation) + 1
 
 
-def load_figures(counts_LN: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what :func:`load_report` needs of the layers of one pipeline stage: sums, and maxima (both fp64)."""
-    experts_LE = counts_LN[:, :-1].double()
-    total_L = experts_LE.sum(dim=1).clamp_min(1)
-    share_LE = experts_LE / total_L[:, None]
+def load_report(counts_LN: np.ndarray) -> LoadReport:
+    """Return the report of tokens per layer and class (the skip class is the last), summed over the global batch."""
+    experts_LE = counts_LN[:, :-1]
     experts = experts_LE.shape[1]
-    entropy_L = -(share_LE * share_LE.clamp_min(1e-300).log()).sum(dim=1) / math.log(max(experts, 2))
-    peak_L = share_LE.amax(dim=1) * experts
-    sums = [counts_LN[:, -1].sum(), counts_LN.sum(), (peak_L - 1).sum(), entropy_L.sum()]
-    sums += [(experts_LE == 0).sum(), torch.tensor(len(counts_LN), device=counts_LN.device)]
-    return torch.stack([value.double() for value in sums]), torch.stack([peak_L.max(), -entropy_L.min()])
-
-
-def load_report(sums: Tensor, maxima: Tensor) -> LoadReport:
-    """Turn figures, reduced over the pipeline stages, into a report."""
-    skipped, tokens, violation, entropy, dead, layers = sums.tolist()
-    peak, negative_entropy = maxima.tolist()
-    return LoadReport(skipped / tokens, peak, violation / layers, entropy / layers, -negative_entropy, int(dead))
+    share_LE = experts_LE / np.maximum(experts_LE.sum(axis=1, keepdims=True), 1)
+    entropy_L = -(share_LE * np.log(np.maximum(share_LE, 1e-300))).sum(axis=1) / math.log(max(experts, 2))
+    load_LE = share_LE * experts
+    skip_L = counts_LN[:, -1] / np.maximum(counts_LN.sum(axis=1), 1)
+    return LoadReport(
+        expert_loads=load_LE.tolist(),
+        load_violation=(load_LE.max(axis=1) - 1).tolist(),
+        load_entropy=entropy_L.tolist(),
+        dead_experts=(experts_LE == 0).sum(axis=1).tolist(),
+        skip_rate=skip_L.tolist(),
+    )
 
 
 class BiasBalancer:

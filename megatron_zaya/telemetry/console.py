@@ -6,17 +6,28 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_zaya.telemetry.events import (
+    Communication,
     Evaluated,
     Event,
     GradientNorms,
+    Loaded,
     LossSpike,
+    MemoryUsed,
+    MoeHealth,
+    PhaseStarted,
+    Restarted,
     RunEnded,
     RunStarted,
     Saved,
     SaveFailed,
+    SinkTrouble,
     StepDone,
     StepSkipped,
 )
+
+PERIODIC = (StepDone, MoeHealth, MemoryUsed, Communication)
+"""Events of steps; a log shows them every `telemetry.log_interval` iterations."""
+GIB = 1 << 30
 
 
 def step_line(event: StepDone) -> str:
@@ -37,6 +48,42 @@ def step_line(event: StepDone) -> str:
 
 def plain_line(event: Event) -> str:
     """Return the line of any event."""
+    return health_line(event) if isinstance(event, PERIODIC) else news_line(event)
+
+
+def health_line(event: Event) -> str:
+    """Return the line of an event that belongs to a step."""
+    match event:
+        case StepDone():
+            return step_line(event)
+        case MoeHealth():
+            worst = max(range(len(event.load_violation)), key=event.load_violation.__getitem__)
+            return (
+                f" expert load at iteration {event.iteration} | worst layer: {worst} |"
+                f" load violation: {event.load_violation[worst]:.3f} |"
+                f" load entropy: {event.load_entropy[worst]:.4f} |"
+                f" dead experts: {sum(event.dead_experts)} |"
+            )
+        case MemoryUsed():
+            return (
+                f" memory at iteration {event.iteration} |"
+                f" device peak (GiB): {event.device_peak_bytes / GIB:.2f} |"
+                f" device reserved (GiB): {event.device_reserved_bytes / GIB:.2f} |"
+                f" host (GiB): {event.host_bytes / GIB:.2f} |"
+            )
+        case Communication():
+            return (
+                f" waits at iteration {event.iteration} |"
+                f" data (ms): {event.data_wait_s * 1e3:.1f} |"
+                f" gradient reduction (ms): {event.grad_sync_s * 1e3:.1f} |"
+                f" compute of the median rank (ms): {event.busy_median_s * 1e3:.1f} |"
+                f" of the slowest, rank {event.slowest_rank} (ms): {event.busy_slowest_s * 1e3:.1f} |"
+            )
+    raise TypeError(f"no line for {event}")
+
+
+def news_line(event: Event) -> str:
+    """Return the line of an event that stands for itself."""
     match event:
         case RunStarted():
             origin = f"resumed from {event.resumed_from}" if event.resumed_from else "fresh start"
@@ -45,8 +92,24 @@ def plain_line(event: Event) -> str:
                 f"(data parallel {event.data_parallel_size}), {event.parameters:,} parameters, "
                 f"{event.parameters_active:,} active per token; {event.optimizer}; {origin}"
             )
-        case StepDone():
-            return step_line(event)
+        case PhaseStarted():
+            return (
+                f" phase {event.number} of {event.phases}, {event.phase}: {event.train_iters} iterations, "
+                f"{event.train_tokens:,} tokens"
+            )
+        case Loaded():
+            older = f", {event.passed_over} damaged steps passed over" if event.passed_over else ""
+            return (
+                f" loaded checkpoint of iteration {event.iteration} from {event.path} in {event.time_s:.2f} s "
+                f"({event.bytes_read / 1e9:.3f} GB read by the first rank{older})"
+            )
+        case Restarted():
+            return (
+                f" restart: attempt {event.attempt} goes on from iteration {event.iteration}; "
+                f"earlier attempts ended by: {', '.join(event.causes)}"
+            )
+        case SinkTrouble():
+            return f" telemetry: {event.sink} {event.reason} ({event.missed} events missed)"
         case Evaluated():
             return (
                 f" validation loss at iteration {event.iteration} | lm loss value: {event.loss:.6E} |"
@@ -73,6 +136,7 @@ def plain_line(event: Event) -> str:
             return f" NOT saved at iteration {event.iteration}: {event.reason}; the run goes on"
         case RunEnded():
             return f" training ended after iteration {event.iteration}: {event.reason}"
+    raise TypeError(f"no line for {event}")
 
 
 class PlainConsole:
@@ -81,15 +145,15 @@ class PlainConsole:
     def __init__(self, log_interval: int) -> None:
         self.log_interval = log_interval
         self.first = True
+        self.shows_step = True
 
-    def handle(self, event: Event) -> None:
+    def handle(self, event: Event, when: float) -> None:
         """Print the event if it is due."""
         if isinstance(event, StepDone):
             due = event.iteration % self.log_interval == 0 or event.iteration == event.train_iters
-            if not (due or self.first):
-                return
-            self.first = False
-        print(plain_line(event), flush=True)
+            self.shows_step, self.first = due or self.first, False
+        if self.shows_step or not isinstance(event, PERIODIC):
+            print(plain_line(event), flush=True)
 
     def close(self) -> None:
         """Nothing to release."""
@@ -111,10 +175,12 @@ class LiveConsole:
         )
         self.task = None
 
-    def handle(self, event: Event) -> None:
+    def handle(self, event: Event, when: float) -> None:
         """Update the bar, or print the event above it."""
         if isinstance(event, StepDone):
             self.progress.update(self.task, completed=event.iteration, loss=event.loss, speed=event.tokens_per_s)
+            return
+        if isinstance(event, PERIODIC):
             return
         self.progress.console.print(plain_line(event), highlight=False)
         if isinstance(event, RunStarted):

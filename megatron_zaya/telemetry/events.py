@@ -1,16 +1,12 @@
-"""The events of a run, and the stream that hands them to sinks. Torch-free.
+"""The events of a run: what happened, as plain data. Torch-free; `stream.py` hands them to the sinks.
 
-Invariant: a sink that fails is reported once and dropped; it never stops training.
+In `metrics.jsonl` each is one line, `{"event": <name of the class>, "time": <seconds since 1970>, <fields>}`. Fields
+are added, never renamed: readers of old runs take what they know. `None` stands for what is not known.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
-
-logger = logging.getLogger(__name__)
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -28,6 +24,53 @@ class RunStarted:
     resumed_from: str | None = None
     optimizer: str = "AdamW"
     """What goes where, in one line; the run folder's optimizer.txt has every parameter."""
+    name: str = ""
+    """Name of the run; that of the folder where the run has phases."""
+    num_layers: int = 0
+    num_experts: int = 0
+    flops_per_token: float = 0.0
+    """Of the model, forward and backward; recomputation does not count."""
+    peak_tflops: float | None = None
+    """Of one accelerator, by its vendor or by `telemetry.peak_tflops`."""
+
+
+@dataclass(frozen=True)
+class PhaseStarted:
+    """A phase of a run with phases begins or goes on; its events lie in the folder of the phase."""
+
+    phase: str
+    number: int
+    """From 1."""
+    phases: int
+    train_iters: int
+    train_tokens: int
+    """Of the phase."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint was read into the run."""
+
+    iteration: int
+    """Of the step that was read; a phase that begins goes on from the last of the one before."""
+    path: str
+    time_s: float
+    bytes_read: int
+    """From storage, by the first rank."""
+    passed_over: int = 0
+    """Newer steps that were damaged."""
+
+
+@dataclass(frozen=True)
+class Restarted:
+    """A supervised job trains again after a failure or a requeue."""
+
+    iteration: int
+    """From which it goes on."""
+    attempt: int
+    """From 1: the first start is attempt 0."""
+    causes: list[str]
+    """Why each earlier attempt ended, oldest first: the categories of incidents, or "requeue"."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +102,56 @@ class StepDone:
     """That of the least even layer."""
     dead_experts: int
     """(Layer, expert) pairs without a token."""
+    tflops: float = 0.0
+    """Model TFLOP/s per accelerator."""
+    mfu: float | None = None
+    """`tflops` over the accelerator's peak."""
+
+
+@dataclass(frozen=True)
+class MoeHealth:
+    """The load of every layer's experts in one step (every `telemetry.health_interval` steps); lists go by layer."""
+
+    iteration: int
+    expert_loads: list[list[float]]
+    """[layer][expert] in multiples of an even share of the layer's dispatched tokens."""
+    load_violation: list[float]
+    """(Busiest expert / even share) - 1."""
+    load_entropy: list[float]
+    """Entropy of the experts' load in multiples of its maximum; 1 is even."""
+    dead_experts: list[int]
+    """Experts without a token."""
+    skip_rate: list[float]
+    """Share of the tokens that went to the skip class."""
+
+
+@dataclass(frozen=True)
+class MemoryUsed:
+    """Memory of the fullest ranks (every `telemetry.health_interval` steps), bytes."""
+
+    iteration: int
+    device_peak_bytes: int
+    """Allocated at the fullest moment since the report before; 0 without an accelerator."""
+    device_reserved_bytes: int
+    """Held by the allocator at its largest; 0 without an accelerator."""
+    host_bytes: int
+    """Resident memory of a rank's process."""
+
+
+@dataclass(frozen=True)
+class Communication:
+    """Where a step waited (every `telemetry.health_interval` steps), seconds."""
+
+    iteration: int
+    data_wait_s: float
+    """For samples, on the rank that waited longest."""
+    grad_sync_s: float
+    """For the reduction of gradients after the backward pass, on the rank that waited longest."""
+    busy_median_s: float
+    """From the start of the step to complete gradients, on the median rank; the wait for samples included."""
+    busy_slowest_s: float
+    """The same on the slowest rank: the rest of the ranks waited for it."""
+    slowest_rank: int
 
 
 @dataclass(frozen=True)
@@ -129,39 +222,31 @@ class RunEnded:
     """"finished", or the name of the signal that stopped it."""
 
 
-Event = RunStarted | StepDone | StepSkipped | LossSpike | GradientNorms | Evaluated | Saved | SaveFailed | RunEnded
+@dataclass(frozen=True)
+class SinkTrouble:
+    """A consumer of events failed and is left out, or was too slow and missed some."""
+
+    sink: str
+    reason: str
+    missed: int
+    """Events that it did not get so far."""
 
 
-class Sink(Protocol):
-    """A consumer of events; lives on one rank only."""
-
-    def handle(self, event: Event) -> None:
-        """Take one event. Must return quickly."""
-
-    def close(self) -> None:
-        """Flush and release; called once."""
-
-
-@dataclass
-class EventStream:
-    """Hands each event to every sink, in order."""
-
-    sinks: Sequence[Sink] = field(default_factory=list)
-
-    def emit(self, event: Event) -> None:
-        """Deliver ``event``."""
-        for sink in list(self.sinks):
-            self._guarded(sink, lambda sink=sink: sink.handle(event))
-
-    def close(self) -> None:
-        """Close every sink."""
-        for sink in list(self.sinks):
-            self._guarded(sink, sink.close)
-        self.sinks = []
-
-    def _guarded(self, sink: Sink, call) -> None:
-        try:
-            call()
-        except Exception as error:
-            logger.warning("telemetry: %s failed and is dropped: %s", type(sink).__name__, error)
-            self.sinks = [other for other in self.sinks if other is not sink]
+Event = (
+    RunStarted
+    | PhaseStarted
+    | Loaded
+    | Restarted
+    | StepDone
+    | MoeHealth
+    | MemoryUsed
+    | Communication
+    | StepSkipped
+    | LossSpike
+    | GradientNorms
+    | Evaluated
+    | Saved
+    | SaveFailed
+    | SinkTrouble
+    | RunEnded
+)

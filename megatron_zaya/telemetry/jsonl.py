@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
 from pathlib import Path
 
 from megatron_zaya.telemetry.events import Event
@@ -16,9 +15,9 @@ class JsonlSink:
     def __init__(self, path: Path) -> None:
         self.file = path.open("a", encoding="utf-8", buffering=1)
 
-    def handle(self, event: Event) -> None:
+    def handle(self, event: Event, when: float) -> None:
         """Write one line."""
-        record = {"event": type(event).__name__, "time": round(time.time(), 3), **dataclasses.asdict(event)}
+        record = {"event": type(event).__name__, "time": round(when, 3), **dataclasses.asdict(event)}
         self.file.write(json.dumps(record) + "\n")
 
     def close(self) -> None:

@@ -34,13 +34,15 @@ from megatron_zaya.optim.balancing import BiasBalancer
 from megatron_zaya.optim.build import build_optimizer, build_scheduler
 from megatron_zaya.parallel.groups import build_process_groups, release_process_groups
 from megatron_zaya.parallel.pipeline import ZayaP2PCommunicator
+from megatron_zaya.plan.hardware import accelerators
 from megatron_zaya.plan.layout import pipeline_stages
 from megatron_zaya.preconditions import checkpoint_to_load
 from megatron_zaya.telemetry.console import LiveConsole, PlainConsole
 from megatron_zaya.telemetry.curve import LossCurveSink
-from megatron_zaya.telemetry.events import EventStream, Sink
+from megatron_zaya.telemetry.events import Event, Loaded, Restarted
 from megatron_zaya.telemetry.heartbeat import Heartbeat
 from megatron_zaya.telemetry.jsonl import JsonlSink
+from megatron_zaya.telemetry.stream import EventStream, Sink
 from megatron_zaya.train.callbacks.base import Callback
 from megatron_zaya.train.callbacks.checkpoint import SaveCheckpoints
 from megatron_zaya.train.callbacks.drill import Drills
@@ -49,7 +51,7 @@ from megatron_zaya.train.callbacks.heartbeat import Beat
 from megatron_zaya.train.callbacks.switches import SwitchFiles
 from megatron_zaya.train.checkpoint import load_job
 from megatron_zaya.train.state import TrainingJob, TrainState
-from megatron_zaya.train.timing import BusyTimer
+from megatron_zaya.train.timing import StepTimer
 
 if TYPE_CHECKING:
     from launch.env import RankContext
@@ -165,6 +167,14 @@ def _count_parameters(config: RunConfig, rows: list[table.Row]) -> tuple[int, in
     return total, total - embedding - experts + experts // config.model.num_moe_experts
 
 
+def peak_tflops(device: torch.device) -> float | None:
+    """Return the vendor's dense BF16 peak of an accelerator that the planner knows, or None."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((known.peak_tflops for known in accelerators().values() if known.name in name), None)
+
+
 def _build_events(config: RunConfig, env: RankContext) -> EventStream:
     """Rank 0 has the sinks; the run folder gets the resolved configuration."""
     if env.rank != 0:
@@ -227,10 +237,10 @@ def assemble_job(config: RunConfig, device: torch.device) -> TrainingJob:
         valid_dataset=None,
         state=TrainState(),
         events=EventStream(),
-        busy=BusyTimer(device),
+        timer=StepTimer(device),
     )
     finalize = model[0].config.finalize_model_grads_func
-    model[0].config.finalize_model_grads_func = job.busy.before(finalize)
+    model[0].config.finalize_model_grads_func = job.timer.around(finalize)
     return job
 
 
@@ -248,10 +258,18 @@ def build_job(config: RunConfig, env: RankContext, device: torch.device) -> Trai
     job.state.data_fingerprint = order_fingerprint(datasets.train)
     rows = table.rows_of(model, config.optimizer.optimizer, pg_collection.pp)
     job.parameters, job.optimizer_summary = _count_parameters(config, rows), table.summary(rows)
+    job.peak_tflops = config.telemetry.peak_tflops or peak_tflops(device)
+    news: list[Event] = []
     start = checkpoint_to_load(config)
     if start is not None:
         report = load_job(job, *start)
         job.resumed_from = f"{start[0]} iteration {report.iteration}"
+        news.append(
+            Loaded(report.iteration, str(report.folder), report.seconds, report.bytes_read, len(report.skipped))
+        )
+    supervision = env.supervision
+    if supervision.attempt:
+        news.append(Restarted(job.state.iteration, supervision.attempt, list(supervision.causes)))
     if job.state.iteration < config.schedule.train_iters:
         sampler = ResumableSampler(
             config.schedule.train_samples,
@@ -264,6 +282,8 @@ def build_job(config: RunConfig, env: RankContext, device: torch.device) -> Trai
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, lambda received, frame: setattr(job, "stop_signal", received))
     job.events = _build_events(config, env)
+    for event in news:
+        job.events.emit(event)
     if env.rank == 0:
         (config.run_dir / "optimizer.txt").write_text(table.text(rows), encoding="utf-8")
     job.heartbeat.beat("first step", job.state.iteration)

@@ -15,9 +15,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_zaya.config import RunConfig
 from megatron_zaya.optim.balancing import BiasBalancer
 from megatron_zaya.parallel.pipeline import ZayaP2PCommunicator
-from megatron_zaya.telemetry.events import EventStream
 from megatron_zaya.telemetry.heartbeat import Heartbeat
-from megatron_zaya.train.timing import BusyTimer
+from megatron_zaya.telemetry.stream import EventStream
+from megatron_zaya.train.timing import StepTimer
 
 
 @dataclass
@@ -62,7 +62,11 @@ class TrainingJob:
     skipped_in_a_row: int = 0
     """Steps without a finite loss since the last good one."""
     heartbeat: Heartbeat = field(default_factory=lambda: Heartbeat(None))
-    busy: BusyTimer = field(default_factory=lambda: BusyTimer(torch.device("cpu")))
+    timer: StepTimer = field(default_factory=lambda: StepTimer(torch.device("cpu")))
+    data_wait_s: float = 0.0
+    """How long this rank waited for samples in the step at hand."""
+    peak_tflops: float | None = None
+    """Of one accelerator; None if it is not known."""
     parameters: tuple[int, int] = field(default=(0, 0))
     """Parameters of the whole model: all, and active per token without the embedding."""
     optimizer_summary: str = ""
@@ -72,6 +76,12 @@ class TrainingJob:
     def data_parallel_size(self) -> int:
         """Ranks that see different sequences."""
         return self.pg_collection.dp.size()
+
+    @property
+    def health_due(self) -> bool:
+        """Whether the last step is one whose health is reported. All ranks agree."""
+        every, done = self.config.telemetry.health_interval, self.state.iteration
+        return done % every == 0 or done in (1, self.config.schedule.train_iters)
 
     @property
     def num_microbatches(self) -> int:

@@ -6,6 +6,7 @@ zero gradients -> forward, backward of every micro-batch -> reduce gradients -> 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -15,10 +16,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_zaya.data.sampler import document_boundaries, evaluation_batches
-from megatron_zaya.optim.balancing import LoadReport, load_figures, load_report
+from megatron_zaya.optim.balancing import LoadReport, load_report
 from megatron_zaya.parallel.sequence import split_zigzag
 from megatron_zaya.train.guards import leave_out
 from megatron_zaya.train.state import TrainingJob
+from megatron_zaya.train.world import WorldReport, gather_loads, gather_reports
 
 
 @dataclass
@@ -29,8 +31,7 @@ class StepResult:
     grad_norm: float
     global_batch_size: int
     load: LoadReport
-    stop_signal: int
-    save_asked: bool
+    world: WorldReport
     skipped: bool = False
 
 
@@ -46,7 +47,9 @@ def read_batch(data: Iterator[dict[str, Tensor]], job: TrainingJob) -> dict[str,
 
     Every context-parallel rank reads whole samples, and keeps its chunks of them.
     """
+    start = time.perf_counter()
     batch, group = next(data), job.pg_collection.cp
+    job.data_wait_s += time.perf_counter() - start
     boundaries = document_boundaries(batch["position_ids"]) if job.config.data.reset_attention_mask else None
     parts: dict[str, Tensor | None] = {"cu_seqlens": boundaries}
     for name in ("tokens", "labels", "loss_mask", "position_ids"):
@@ -104,17 +107,6 @@ def _reduce_over_tokens(job: TrainingJob, loss: Tensor, counts_MLN: Tensor) -> t
     return loss, counts_MLN
 
 
-def _summarise(job: TrainingJob, counts_LN: Tensor) -> tuple[LoadReport, int, bool]:
-    """Return the load over all stages, and what any rank was asked for."""
-    sums, maxima = load_figures(counts_LN)
-    torch.distributed.all_reduce(sums, group=job.pg_collection.pp)
-    asked = maxima.new_tensor([job.stop_signal, job.save_asked])
-    peaks = torch.cat([maxima, asked])
-    torch.distributed.all_reduce(peaks, op=torch.distributed.ReduceOp.MAX)
-    stop_signal, save_asked = peaks[2:].tolist()
-    return load_report(sums, peaks[:2]), int(stop_signal), bool(save_asked)
-
-
 def _step_optimizer(job: TrainingJob, mean_loss: float, local_loss: Tensor) -> tuple[bool, float]:
     """Return whether the parameters were stepped, and the gradient norm; both are equal on all ranks.
 
@@ -139,7 +131,8 @@ def train_step(job: TrainingJob) -> StepResult:
         TrainingError: loss or gradient is not finite, and `schedule.nan_policy` does not let the step be left out.
     """
     batch_size = job.global_batch_size
-    job.busy.start()
+    job.timer.start()
+    job.data_wait_s = 0.0
     for chunk in job.model:
         chunk.zero_grad_buffer()
     job.optimizer.zero_grad()
@@ -154,8 +147,8 @@ def train_step(job: TrainingJob) -> StepResult:
     job.state.iteration += 1
     job.state.consumed_samples += batch_size
 
-    load, stop_signal, save_asked = _summarise(job, counts_MLN.sum(dim=0))
-    return StepResult(mean_loss, grad_norm, batch_size, load, stop_signal, save_asked, skipped=not updated)
+    load = load_report(gather_loads(job, counts_MLN.sum(dim=0)))
+    return StepResult(mean_loss, grad_norm, batch_size, load, gather_reports(job), skipped=not updated)
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
 """How long a rank computes in a step before it waits for the others: what tells a slow rank from its victims.
 
 All ranks of a synchronous step take equally long. The time until a rank's gradients are ready to be reduced is its own
-(plus that of its tensor- and pipeline-parallel neighbours). On an accelerator it is measured by events on the stream
-and read a step later, so that nothing waits for it.
+(plus that of its tensor- and pipeline-parallel neighbours); what follows is the part of the reduction that nothing
+hides. On an accelerator both are measured by events on the stream and read a step later: nothing waits for them.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ from collections.abc import Callable
 import torch
 
 
-class BusyTimer:
-    """Measures from `start` to `stop`; `seconds` is the last finished measurement."""
+class StepTimer:
+    """Three marks in a step: its start, gradients complete, gradients reduced. Holds the last finished measurement."""
 
     def __init__(self, device: torch.device) -> None:
         self.on_device = device.type == "cuda"
-        self.seconds = 0.0
-        self._begin: float | torch.cuda.Event = 0.0
-        self._pending: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+        self.busy_s = 0.0
+        """From the start until the gradients of this rank were complete."""
+        self.grad_sync_s = 0.0
+        """From there until they were reduced."""
+        self._marks: list = []
 
     def _now(self) -> float | torch.cuda.Event:
         if not self.on_device:
@@ -29,25 +31,29 @@ class BusyTimer:
         event.record()
         return event
 
+    def _read(self) -> None:
+        if len(self._marks) < 3 or (self.on_device and not self._marks[2].query()):
+            return
+        if self.on_device:
+            spans = [a.elapsed_time(b) / 1e3 for a, b in zip(self._marks, self._marks[1:], strict=False)]
+        else:
+            spans = [b - a for a, b in zip(self._marks, self._marks[1:], strict=False)]
+        self.busy_s, self.grad_sync_s = spans
+
     def start(self) -> None:
         """Begin a step."""
-        if self._pending is not None and self._pending[1].query():
-            self.seconds = self._pending[0].elapsed_time(self._pending[1]) / 1e3
-        self._begin = self._now()
+        self._read()
+        self._marks = [self._now()]
 
-    def stop(self) -> None:
-        """The gradients of this rank are there."""
-        end = self._now()
-        if self.on_device:
-            self._pending = (self._begin, end)
-        else:
-            self.seconds = end - self._begin
-
-    def before(self, function: Callable) -> Callable:
-        """Return ``function`` with `stop` in front of it."""
+    def around(self, reduction: Callable) -> Callable:
+        """Return the function that reduces gradients, with a mark before and after it."""
 
         def timed(*args, **kwargs):
-            self.stop()
-            return function(*args, **kwargs)
+            self._marks.append(self._now())
+            result = reduction(*args, **kwargs)
+            self._marks.append(self._now())
+            if not self.on_device:
+                self._read()
+            return result
 
         return timed

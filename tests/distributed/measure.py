@@ -188,4 +188,4 @@ def curve_of(job) -> list[tuple[float, ...]]:
     from megatron_zaya.train.step import train_step
 
     results = [train_step(job) for _ in range(STEPS)]
-    return [(r.loss, r.grad_norm, r.load.skip_rate, r.load.max_expert_load) for r in results]
+    return [(r.loss, r.grad_norm, sum(r.load.skip_rate), r.load.max_expert_load) for r in results]

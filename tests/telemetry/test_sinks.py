@@ -3,14 +3,37 @@
 from __future__ import annotations
 
 import re
+import threading
+import time
+import typing
 
 import pytest
 
 from megatron_zaya.telemetry.console import LiveConsole, PlainConsole, plain_line, step_line
 from megatron_zaya.telemetry.curve import LossCurveSink
-from megatron_zaya.telemetry.events import Evaluated, EventStream, RunEnded, RunStarted, Saved, StepDone
+from megatron_zaya.telemetry.events import (
+    Communication,
+    Evaluated,
+    Event,
+    GradientNorms,
+    Loaded,
+    LossSpike,
+    MemoryUsed,
+    MoeHealth,
+    PhaseStarted,
+    Restarted,
+    RunEnded,
+    RunStarted,
+    Saved,
+    SaveFailed,
+    SinkTrouble,
+    StepDone,
+    StepSkipped,
+)
 from megatron_zaya.telemetry.jsonl import JsonlSink, read_events, steps_by_iteration
+from megatron_zaya.telemetry.stream import EventStream
 
+NOW = 1.75e9
 START = RunStarted(0, 40, 2, 2, 1000, 100)
 
 
@@ -36,7 +59,7 @@ def test_the_step_line_has_megatrons_fields():
 def test_the_plain_console_keeps_to_its_interval(capsys):
     console = PlainConsole(log_interval=10)
     for event in EVENTS:
-        console.handle(event)
+        console.handle(event, NOW)
     lines = capsys.readouterr().out.splitlines()
     assert [int(m.group(1)) for m in (re.match(r" iteration +(\d+)/", x) for x in lines) if m] == [1, 10, 20, 30, 40]
     assert all("\x1b" not in line for line in lines)
@@ -46,7 +69,7 @@ def test_the_plain_console_keeps_to_its_interval(capsys):
 def test_the_live_console_shows_progress(capsys):
     console = LiveConsole()
     for event in EVENTS:
-        console.handle(event)
+        console.handle(event, NOW)
     console.close()
     out = capsys.readouterr().out
     assert "40/40" in out
@@ -54,9 +77,38 @@ def test_the_live_console_shows_progress(capsys):
     assert "validation loss at iteration 40" in out
 
 
-@pytest.mark.parametrize("event", EVENTS[::10] + EVENTS[-3:])
-def test_every_event_is_one_line(event):
-    assert plain_line(event).count("\n") == 0
+ONE_OF_EACH = [
+    START,
+    PhaseStarted("long", 2, 3, 100, 2**20),
+    Loaded(50, "here", 1.5, 10**9, 1),
+    Restarted(50, 2, ["network", "requeue"]),
+    step(51),
+    MoeHealth(51, [[1.5, 0.5, 1.0], [3.0, 0.0, 0.0]], [0.5, 2.0], [0.95, 0.0], [0, 2], [0.1, 0.2]),
+    MemoryUsed(51, 2**36, 2**37, 2**32),
+    Communication(51, 0.001, 0.02, 0.2, 0.3, 5),
+    StepSkipped(52, float("nan"), float("inf"), 1, 1),
+    LossSpike(53, 9.0, 7.5),
+    GradientNorms(54, {"router": 1.0, "experts": 0.5}),
+    *EVENTS[-3:-1],
+    SaveFailed(60, "disk full"),
+    SinkTrouble("JsonlSink", "failed and is left out: OSError: disk full", 3),
+    RunEnded(60, "SIGTERM"),
+]
+
+
+def test_the_examples_are_complete():
+    assert {type(event) for event in ONE_OF_EACH} == set(typing.get_args(Event))
+
+
+@pytest.mark.parametrize("event", ONE_OF_EACH, ids=lambda event: type(event).__name__)
+def test_every_event_is_one_line_and_one_record(event, tmp_path):
+    assert plain_line(event).isprintable()
+    sink = JsonlSink(tmp_path / "m.jsonl")
+    sink.handle(event, NOW)
+    sink.close()
+    (record,) = read_events(tmp_path / "m.jsonl")
+    assert (record.pop("event"), record.pop("time")) == (type(event).__name__, NOW)
+    assert repr(type(event)(**record)) == repr(event)  # their text, because NaN differs from itself
 
 
 def test_metrics_append_and_the_later_life_counts(tmp_path):
@@ -64,7 +116,7 @@ def test_metrics_append_and_the_later_life_counts(tmp_path):
     for losses in ({1: 5.0, 2: 4.0, 3: 9.0}, {3: 3.0}):
         sink = JsonlSink(path)
         for iteration, loss in losses.items():
-            sink.handle(step(iteration, loss))
+            sink.handle(step(iteration, loss), NOW)
         sink.close()
     with path.open("a") as file:
         file.write('{"event": "StepDone", "iterat')
@@ -84,7 +136,7 @@ def test_a_failing_sink_is_dropped_and_the_others_go_on(tmp_path, caplog):
     class Broken:
         calls = 0
 
-        def handle(self, event):
+        def handle(self, event, when):
             self.calls += 1
             raise OSError("disk full")
 
@@ -95,7 +147,39 @@ def test_a_failing_sink_is_dropped_and_the_others_go_on(tmp_path, caplog):
     stream = EventStream([broken, JsonlSink(tmp_path / "m.jsonl")])
     for event in EVENTS[:5]:
         stream.emit(event)
+        while not stream.runners[0].failed:
+            time.sleep(0.001)
     stream.close()
     assert broken.calls == 1
     assert "disk full" in caplog.text
-    assert len(read_events(tmp_path / "m.jsonl")) == 5
+    records = read_events(tmp_path / "m.jsonl")
+    (trouble,) = [r for r in records if r["event"] == "SinkTrouble"]
+    assert (trouble["sink"], len(records)) == ("Broken", 6)
+
+
+def test_a_blocked_sink_misses_events_and_holds_nobody_up(tmp_path, caplog):
+    class Blocked:
+        free = threading.Event()
+        taken = 0
+
+        def handle(self, event, when):
+            self.free.wait()
+            self.taken += 1
+
+        def close(self):
+            pass
+
+    blocked = Blocked()
+    stream = EventStream([blocked, JsonlSink(tmp_path / "m.jsonl")], capacity=10)
+    for event in EVENTS:
+        stream.emit(event)
+        while stream.runners[1].backlog:
+            time.sleep(0.001)
+    assert stream.runners[0].missed in (len(EVENTS) - 10, len(EVENTS) - 9)  # one is in its hands, if it was quick
+    stream.close(timeout_s=0.2)
+    assert "Blocked did not come to its end" in caplog.text
+    assert len(steps_by_iteration(tmp_path / "m.jsonl")) == 40
+    troubles = read_events(tmp_path / "m.jsonl", "SinkTrouble")
+    assert troubles[0]["missed"] == 1
+    assert troubles[-1]["missed"] >= len(EVENTS) - 10
+    blocked.free.set()

@@ -138,5 +138,5 @@ def test_the_run_folder_is_complete_and_runs_again(two_ranks):
     assert load_config(folder / "config.yaml") == load_config(run_file, RUNS["whole"])
     kinds = [event["event"] for event in read_events(folder / "metrics.jsonl")]
     assert (kinds[0], *kinds[-2:]) == ("RunStarted", "Saved", "RunEnded")
-    assert (kinds.count("StepDone"), kinds.count("Saved"), len(kinds)) == (6, 2, 10)
+    assert (kinds.count("StepDone"), kinds.count("Saved"), len(kinds)) == (6, 2, 16)
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["iter_0000003", "iter_0000006", "latest"]

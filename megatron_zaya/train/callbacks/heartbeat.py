@@ -12,7 +12,7 @@ class Beat(Callback):
     def after_step(self, job: TrainingJob) -> None:
         """Back to computing."""
         part = job.config.run_dir.name  # of a run with phases: iterations count anew in each
-        job.heartbeat.beat("step", job.state.iteration, busy_s=round(job.busy.seconds, 6), part=part)
+        job.heartbeat.beat("step", job.state.iteration, busy_s=round(job.timer.busy_s, 6), part=part)
 
     def at_end(self, job: TrainingJob) -> None:
         """Say why the loop ended, so that the supervisor knows whether there is more to do."""
