@@ -67,9 +67,9 @@ def _wanted(
     config: RunConfig, world_size: int, skew: float, probability: float, allowances: list[str] | None
 ) -> Wanted:
     from megatron_zaya.plan.activations import Options
+    from megatron_zaya.plan.layer_time import Assumptions
     from megatron_zaya.plan.search import Wanted
     from megatron_zaya.plan.shape import batch_of, model_of, precision_of
-    from megatron_zaya.plan.step_time import Assumptions
 
     batch = batch_of(config)
     return Wanted(
@@ -165,8 +165,10 @@ def plan_search(
 
 
 def _draw(found: Any, chosen: Candidate, wanted: Wanted, device: Accelerator, network: Network, path: Path) -> None:
+    from megatron_zaya.plan.layer_time import stage_times
     from megatron_zaya.plan.pictures import draw
-    from megatron_zaya.plan.step_time import hop_time_s, stage_times, timeline
+    from megatron_zaya.plan.pipeline_time import timeline
+    from megatron_zaya.plan.step_time import hop_time_s
 
     layout, batch = chosen.layout, chosen.batch
     times = stage_times(wanted.model, layout, batch, device, network, wanted.options, wanted.assume)

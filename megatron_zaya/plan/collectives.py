@@ -7,89 +7,149 @@ Kinds are Megatron-Core's group names.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
+from typing import Literal, NamedTuple
 
 from megatron_zaya.plan.activations import Tokens, boundary_bytes
 from megatron_zaya.plan.parameters import layer_parameters, rank_parameters
 from megatron_zaya.plan.shape import Batch, Layout, ModelShape, Precision
 
 Where = Literal["layer", "head", "embedding", "stage", "gradients", "parameters", "end"]
+Part = Literal["", "projections", "core_attn", "moe"]
 
 
-@dataclass(frozen=True)
-class Flow:
-    """``calls`` equal calls per step of one rank."""
+class Flow(NamedTuple):
+    """Equal calls of one rank: in a layer per micro-batch, otherwise per step."""
 
     where: Where
     kind: str
     op: str
     size_bytes: float
-    calls: float
-    backward: float = 0.5
-    """Share of the calls in backward passes."""
+    ranks: tuple[int, int]
+    """Stride and size of the group."""
+    forward: float
+    """Calls in forward passes."""
+    backward: float
+    """Calls in backward passes, without those that recomputation repeats."""
+    part: Part = ""
+    """Part of the layer; where it is run again, the backward pass repeats the forward calls."""
+    behind_attention: bool = False
+    """Travels while attention works on what came before."""
+
+    @property
+    def calls(self) -> float:
+        """All calls."""
+        return self.forward + self.backward
 
 
 def group(layout: Layout, kind: str) -> tuple[int, int]:
     """Return (stride, size) of a kind of group in Megatron-Core's rank order tp-cp-ep-dp-pp."""
-    stage = layout.world_size // layout.pp
-    return {
-        "tp": (1, layout.tp),
-        "kv_replica": (1, max(1, layout.tp // 2)),  # ranks of a node that share a key-value head
-        "cp": (layout.tp, layout.cp),
-        "dp_cp": (layout.tp, layout.dp * layout.cp),
-        "ep": (layout.etp, layout.ep),
-        "ep_tp": (1, layout.etp),
-        "ep_dp": (layout.etp * layout.ep, layout.edp),
-        "pp": (stage, layout.pp),
-        "embd": (stage * (layout.pp - 1) if layout.pp > 1 else 1, 2 if layout.pp > 1 else 1),
-        "world": (1, layout.world_size),
-    }[kind]
+    match kind:
+        case "tp":
+            return 1, layout.tp
+        case "cp":
+            return layout.tp, layout.cp
+        case "dp_cp":
+            return layout.tp, layout.dp * layout.cp
+        case "ep":
+            return layout.etp, layout.ep
+        case "ep_tp":
+            return 1, layout.etp
+        case "ep_dp":
+            return layout.etp * layout.ep, layout.edp
+        case "pp":  # from one stage to the next
+            return layout.world_size // layout.pp, min(2, layout.pp)
+        case "embd":
+            return max(1, layout.world_size // layout.pp * (layout.pp - 1)), min(2, layout.pp)
+    raise KeyError(kind)
+
+
+def rerun_share(layout: Layout, part: Part, num_layers: int) -> float:
+    """Return the share of the layers whose ``part`` the backward pass runs again."""
+    if layout.recompute == "none":
+        return 0.0
+    if layout.recompute == "selective":
+        return float(part in layout.recompute_modules)
+    if layout.recompute_method == "block":
+        return min(1.0, layout.recompute_num_layers * layout.stages / num_layers)
+    return 1.0
 
 
 def layer_flows(m: ModelShape, layout: Layout, t: Tokens, is_moe: bool) -> list[Flow]:
-    """Return the collectives of one layer for one micro-batch, forward and backward."""
-    rows = 2 * t.attention * m.hidden_size
-    flows = []
-    again = 1.0 if layout.recompute == "full" else 0.0
-    if layout.tp > 1 and m.is_zaya:
-        flows.append(Flow("layer", "tp", "all_gather", rows, 3 + again, (2 + again) / (3 + again)))
-        flows.append(Flow("layer", "tp", "reduce_scatter", rows, 2 + again, (1 + again) / (2 + again)))
-        if layout.tp > m.num_query_groups:
-            flows.append(Flow("layer", "kv_replica", "all_reduce", 4 * t.attention * m.kv_channels, 2 + again))
-    elif layout.tp > 1 and layout.sequence_parallel:
-        flows.append(Flow("layer", "tp", "all_gather", rows, 6 + 2 * again, 4 / 6))
-        flows.append(Flow("layer", "tp", "reduce_scatter", rows, 4 + 2 * again))
-    elif layout.tp > 1:
-        flows.append(Flow("layer", "tp", "all_reduce", rows, 4 + 2 * again))
+    """Return the collectives of one layer for one micro-batch, without recomputation."""
+    flows = _tensor_flows(m, layout, t, is_moe) if layout.tp > 1 else []
     if layout.cp > 1:
-        kv = 4 * t.attention * layout.cp * m.kv_width / min(layout.tp, m.num_query_groups)
-        flows.append(Flow("layer", "cp", "all_gather", kv, 2 + again))
-        flows.append(Flow("layer", "cp", "reduce_scatter", 2 * kv, 1, 1.0))
+        flows += context_flows(m, layout, t)
     if is_moe and layout.ep * layout.etp > 1:
-        flows += _dispatch_flows(m, layout, t, again or float("moe" in layout.recompute_modules) * _selective(layout))
+        flows += _dispatch_flows(m, layout, t)
     return flows
 
 
-def _selective(layout: Layout) -> float:
-    return float(layout.recompute == "selective")
+def _tensor_flows(m: ModelShape, layout: Layout, t: Tokens, is_moe: bool) -> list[Flow]:
+    """Rows around the products that are split over tensor-parallel ranks."""
+    rows, ranks = 2 * t.attention * m.hidden_size, group(layout, "tp")
+    if m.is_zaya:
+        flows = [
+            Flow("layer", "tp", "all_gather", rows, ranks, 1, 2, "projections"),
+            Flow("layer", "tp", "reduce_scatter", rows, ranks, 1, 1, "projections"),
+        ]
+        holders = layout.tp // m.num_query_groups
+        if holders > 1:  # the mean over all queries of a key-value head that several ranks hold
+            means = 4 * t.attention * m.kv_channels
+            flows.append(Flow("layer", "kv_replica", "all_reduce", means, (1, holders), 1, 1, "core_attn"))
+        return flows
+    blocks = 1 if is_moe and not m.moe_shared_expert_intermediate_size else 2  # attention, MLP
+    if not layout.sequence_parallel:
+        return [Flow("layer", "tp", "all_reduce", rows, ranks, blocks, blocks, "projections")]
+    return [
+        Flow("layer", "tp", "all_gather", rows, ranks, blocks, 2 * blocks, "projections"),
+        Flow("layer", "tp", "reduce_scatter", rows, ranks, blocks, blocks, "projections"),
+    ]
 
 
-def _dispatch_flows(m: ModelShape, layout: Layout, t: Tokens, again: float) -> list[Flow]:
+def context_flows(m: ModelShape, layout: Layout, t: Tokens) -> list[Flow]:
+    """Keys and values of the other context-parallel ranks, and the rows before each chunk that convolutions need."""
+    ranks, tp = group(layout, "cp"), layout.tp
+    k = m.kv_width / min(tp, m.num_query_groups)
+    kv = 2 * t.attention * (k + (m.v_width / tp if m.attention == "mla" else k))
+    grads = 2 * kv if m.is_zaya else kv  # summed in fp32
+    flows = []
+    if m.is_zaya:
+        rows = max(m.cca_time0 + m.cca_time1 - 2, 1) * t.batch
+        sends = min(layout.cp - 1, 2)  # two neighbours, but for the first and the last rank
+        halo = 2 * rows * (m.q_width / tp + 2 * k)
+        flows.append(Flow("layer", "cp", "send_recv", halo, ranks, sends, sends, "core_attn"))
+    if layout.cp_comm_type == "all_gather":
+        flows.append(Flow("layer", "cp", "all_gather", kv * layout.cp, ranks, 1, 1, "core_attn"))
+        flows.append(Flow("layer", "cp", "reduce_scatter", grads * layout.cp, ranks, 0, 1, "core_attn"))
+        return flows
+    around = layout.cp - 1
+    return [
+        *flows,
+        Flow("layer", "cp", "send_recv", kv, ranks, around, around, "core_attn", behind_attention=True),
+        Flow("layer", "cp", "send_recv", grads, ranks, 0, around, "core_attn", behind_attention=True),
+        Flow("layer", "cp", "send_recv", grads, ranks, 0, 1, "core_attn"),  # the way home
+    ]
+
+
+def _dispatch_flows(m: ModelShape, layout: Layout, t: Tokens) -> list[Flow]:
     """Rows to their experts and back, and their gradients; probabilities and theirs."""
     d = t.local * (1 - m.skip_share) * m.moe_router_topk
     flows = []
     if layout.ep > 1:
-        flows.append(
-            Flow("layer", "ep", "all_to_all", 2 * d * m.hidden_size, 4 + 2 * again, (2 + 2 * again) / (4 + 2 * again))
-        )
-        flows.append(Flow("layer", "ep", "all_to_all", 4 * d, 2 + again))
+        ranks = group(layout, "ep")
+        flows.append(Flow("layer", "ep", "all_to_all", 2 * d * m.hidden_size, ranks, 2, 2, "moe"))
+        flows.append(Flow("layer", "ep", "all_to_all", 4 * d, ranks, 1, 1, "moe"))
     if layout.etp > 1:
-        whole = d * layout.etp * m.hidden_size
-        for op in ("all_gather", "reduce_scatter"):
-            flows.append(Flow("layer", "ep_tp", op, 2 * whole, 1 + again * (op == "all_gather")))
-            flows.append(Flow("layer", "ep_tp", op, 4 * whole, 1 + again * (op == "reduce_scatter")))
-            flows.append(Flow("layer", "ep_tp", op, 4 * d * layout.etp, 1))
+        ranks, whole = group(layout, "ep_tp"), d * layout.etp * m.hidden_size
+        # Forward: gather bf16 rows and fp32 probabilities, sum fp32 results; backward: the mirror.
+        for op, mirror, size in (
+            ("all_gather", "reduce_scatter", 2 * whole),
+            ("reduce_scatter", "all_gather", 4 * whole),
+            ("all_gather", "reduce_scatter", 4 * d * layout.etp),
+        ):
+            flows.append(Flow("layer", "ep_tp", op, size, ranks, 1, 0, "moe"))
+            flows.append(Flow("layer", "ep_tp", mirror, size, ranks, 0, 1, "moe"))
     return flows
 
 
@@ -107,64 +167,82 @@ def step_flows(
     micro = batch.microbatches(layout)
     sizes = layout.layers_of_stages(m.num_layers)
     stages = range(pp_rank, layout.stages, layout.pp)
-    flows: list[Flow] = []
     layers = [index for stage in stages for index in range(sum(sizes[:stage]), sum(sizes[: stage + 1]))]
     moe = sum(m.is_moe_layer(index) for index in layers)
+    flows: list[Flow] = []
     for is_moe, count in ((True, moe), (False, len(layers) - moe)):
-        flows += [
-            Flow(f.where, f.kind, f.op, f.size_bytes, f.calls * count * micro, f.backward)
-            for f in (layer_flows(m, layout, t, is_moe) if count else ())
-        ]
+        for flow in layer_flows(m, layout, t, is_moe) if count else ():
+            again = flow.forward * rerun_share(layout, flow.part, m.num_layers)
+            times = count * micro
+            flows.append(flow._replace(forward=flow.forward * times, backward=(flow.backward + again) * times))
     flows += _end_flows(m, layout, t, micro, pp_rank)
-    if layout.pp > 1:
-        sent = (0 not in stages) + 0, (layout.stages - 1 not in stages) + 0
-        crossing = boundary_bytes(m, t, precision)
-        flows.append(Flow("stage", "pp", "send_recv", crossing, micro * (2 * layout.vp - 2 + sent[0] + sent[1])))
-    flows += _data_parallel_flows(m, layout, precision, pp_rank)
-    return flows
+    flows += hop_flows(m, layout, t, precision, micro, pp_rank)
+    return flows + data_parallel_flows(m, layout, precision, pp_rank)
+
+
+def hop_flows(
+    m: ModelShape, layout: Layout, t: Tokens, precision: Precision, micro: int, pp_rank: int = 0
+) -> list[Flow]:
+    """Return what a pipeline rank sends to the next stages (forward) and to those before (backward)."""
+    if layout.pp == 1:
+        return []
+    on, back = (layout.vp - (pp_rank == end) for end in (layout.pp - 1, 0))
+    crossing = boundary_bytes(m, t, precision)
+    return [Flow("stage", "pp", "send_recv", crossing, group(layout, "pp"), micro * on, micro * back)]
 
 
 def _end_flows(m: ModelShape, layout: Layout, t: Tokens, micro: int, pp_rank: int) -> list[Flow]:
     """Embedding, head and loss under tensor parallelism."""
     if layout.tp == 1:
         return []
-    rows = 2 * t.attention * m.hidden_size
+    rows, ranks = 2 * t.attention * m.hidden_size, group(layout, "tp")
     flows = []
     if pp_rank == 0:
-        flows += [Flow("embedding", "tp", "reduce_scatter", rows, micro, 0.0)]
-        flows += [Flow("embedding", "tp", "all_gather", rows, micro, 1.0)]
+        flows += [Flow("embedding", "tp", "reduce_scatter", rows, ranks, micro, 0)]
+        flows += [Flow("embedding", "tp", "all_gather", rows, ranks, 0, micro)]
     if pp_rank == layout.pp - 1:
-        flows += [Flow("head", "tp", "all_gather", rows, micro, 0.0)]
-        flows += [Flow("head", "tp", "reduce_scatter", rows, micro, 1.0)]
-        flows += [Flow("head", "tp", "all_reduce", 4 * t.attention, micro, 0.0)]
-        flows += [Flow("head", "tp", "all_reduce", 8 * t.attention, micro, 0.0)]
+        flows += [Flow("head", "tp", "all_gather", rows, ranks, micro, 0)]
+        flows += [Flow("head", "tp", "reduce_scatter", rows, ranks, 0, micro)]
+        flows += [Flow("head", "tp", "all_reduce", 4 * t.attention, ranks, micro, 0)]
+        flows += [Flow("head", "tp", "all_reduce", 8 * t.attention, ranks, micro, 0)]
     return flows
 
 
-def _data_parallel_flows(m: ModelShape, layout: Layout, precision: Precision, pp_rank: int) -> list[Flow]:
+def data_parallel_flows(m: ModelShape, layout: Layout, precision: Precision, pp_rank: int) -> list[Flow]:
+    """Return what gradients and parameters need once a step, and the gradients that several ranks share."""
     parameters = rank_parameters(m, layout, pp_rank)
     flows = []
     # Without overlap each of the two chained optimizers gathers the parameters of both.
     chained = parameters.dense > 0 and parameters.expert > 0
     gathers = 1 if layout.overlap_param_gather or not chained else 2
     for kind, elements in (("dp_cp", parameters.dense), ("ep_dp", parameters.expert)):
-        if group(layout, kind)[1] == 1 or not elements:
+        ranks = group(layout, kind)
+        if ranks[1] == 1 or not elements:
             continue
         if layout.use_distributed_optimizer:
-            flows.append(Flow("gradients", kind, "reduce_scatter", elements * precision.gradient, 1, 1.0))
-            flows.append(Flow("parameters", kind, "all_gather", elements * precision.parameter, gathers, 0.0))
+            flows.append(Flow("gradients", kind, "reduce_scatter", elements * precision.gradient, ranks, 0, 1))
+            flows.append(Flow("parameters", kind, "all_gather", elements * precision.parameter, ranks, gathers, 0))
         else:
-            flows.append(Flow("gradients", kind, "all_reduce", elements * precision.gradient, 1, 1.0))
+            flows.append(Flow("gradients", kind, "all_reduce", elements * precision.gradient, ranks, 0, 1))
+    return flows + _shared_gradient_flows(m, layout, precision, pp_rank)
+
+
+def _shared_gradient_flows(m: ModelShape, layout: Layout, precision: Precision, pp_rank: int) -> list[Flow]:
+    """Gradients of tensors that several ranks hold: the tied table, what tensor parallelism replicates."""
+    flows = []
     if layout.pp > 1 and m.share_embeddings_and_output_weights and pp_rank in (0, layout.pp - 1):
         table = m.vocab_size * m.hidden_size / layout.tp
-        flows.append(Flow("end", "embd", "all_reduce", table * precision.gradient, 1, 1.0))
+        flows.append(Flow("end", "embd", "all_reduce", table * precision.gradient, group(layout, "embd"), 0, 1))
     if layout.tp > 1 and layout.sequence_parallel and m.is_zaya:
-        flows.append(Flow("end", "tp", "all_reduce", _replicated(m, layout, pp_rank) * precision.gradient, 1, 1.0))
-    if m.is_zaya and layout.tp > m.num_query_groups:
+        size = _replicated(m, layout, pp_rank) * precision.gradient
+        flows.append(Flow("end", "tp", "all_reduce", size, group(layout, "tp"), 0, 1))
+    holders = layout.tp // m.num_query_groups
+    if m.is_zaya and holders > 1:
         width = m.kv_width // m.num_query_groups
         shared = 2 * width * m.hidden_size + width * (m.cca_time0 + m.kv_channels * m.cca_time1 + 2) + 1
         layers = sum(layout.layers_of_stages(m.num_layers)[pp_rank :: layout.pp])
-        flows.append(Flow("end", "kv_replica", "all_reduce", shared * layers * precision.gradient, 1, 1.0))
+        size = shared * layers * precision.gradient
+        flows.append(Flow("end", "kv_replica", "all_reduce", size, (1, holders), 0, 1))
     return flows
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from megatron_zaya.config import ConfigError
 from megatron_zaya.plan.memory import GIB
+from megatron_zaya.plan.pipeline_time import Timeline
 from megatron_zaya.plan.search import Candidate, Found
-from megatron_zaya.plan.step_time import Timeline
 
 PARTS = ("parameters", "gradients", "optimizer", "activations", "transient", "boundary", "allowance")
 

@@ -6,13 +6,15 @@ transfers, the optimizer) changes the order of plans only slightly, and the best
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from megatron_zaya.plan.activations import Options, Tokens
-from megatron_zaya.plan.collectives import group, step_flows
+from megatron_zaya.plan.collectives import data_parallel_flows
 from megatron_zaya.plan.hardware import Accelerator, Network
+from megatron_zaya.plan.layer_time import Assumptions, LayerWork, layer_work, with_recomputation
 from megatron_zaya.plan.shape import Batch, Layout, ModelShape, Precision, Recompute
-from megatron_zaya.plan.step_time import OVERLAP, Assumptions, layer_time
+from megatron_zaya.plan.step_time import OVERLAP, flows_s
 
 Rerun = tuple[Recompute, tuple[str, ...]]
 
@@ -33,9 +35,12 @@ class QuickPrice:
         """Return the approximate time of a step."""
         layers = -(-self.num_layers // (pp * vp)) * vp
         one = layers * (self.forward + self.backward)
-        exposed = max(0.0, self.reduce - OVERLAP * layers * self.backward)
-        exposed += max(0.0, self.gather - OVERLAP * layers * self.forward)
-        return microbatches * (one + self.head) + (pp - 1) / vp * one + exposed
+        step = microbatches * (one + self.head) + (pp - 1) / vp * one
+        if self.reduce > OVERLAP * layers * self.backward:
+            step += self.reduce - OVERLAP * layers * self.backward
+        if self.gather > OVERLAP * layers * self.forward:
+            step += self.gather - OVERLAP * layers * self.forward
+        return step
 
 
 @dataclass
@@ -50,15 +55,18 @@ class QuickPrices:
     precision: Precision
     options: Options
     assume: Assumptions
-    _layers: dict[tuple[object, ...], tuple[float, float]] = field(default_factory=dict)
+    reruns: Sequence[Rerun]
+    """The recomputation modes that are compared."""
+    _layers: dict[tuple[int, ...], list[tuple[float, float]]] = field(default_factory=dict)
+    _rings: dict[tuple[int, ...], bool] = field(default_factory=dict)
     _heads: dict[tuple[int, ...], float] = field(default_factory=dict)
     _ends: dict[tuple[int, ...], tuple[float, float]] = field(default_factory=dict)
 
-    def of(self, base: Layout, micro_batch_size: int, rerun: Rerun) -> QuickPrice:
-        """Return the prices of a set of degrees."""
-        key = (base.tp, base.cp, base.ep, base.etp, micro_batch_size, rerun)
+    def of(self, base: Layout, micro_batch_size: int) -> list[QuickPrice]:
+        """Return the prices of a set of degrees, one for each recomputation mode."""
+        key = (base.tp, base.cp, base.ep, base.etp, micro_batch_size)
         if key not in self._layers:
-            self._layers[key] = self._mean_layer(base, micro_batch_size, rerun)
+            self._layers[key] = self._mean_layer(base, micro_batch_size)
         head_key = (base.tp, base.cp, micro_batch_size)
         if head_key not in self._heads:
             t = Tokens.of(self.model, base, self._batch(micro_batch_size), 1.0)
@@ -66,32 +74,44 @@ class QuickPrices:
             self._heads[head_key] = 4 * product
         ends_key = (base.tp, base.pp, base.cp, base.ep, base.etp)
         if ends_key not in self._ends:
-            self._ends[ends_key] = self._data_parallel(base)
-        forward, backward = self._layers[key]
-        reduce, gather = self._ends[ends_key]
-        return QuickPrice(self.model.num_layers, forward, backward, self._heads[head_key], reduce, gather)
+            flows = data_parallel_flows(self.model, base, self.precision, 0)
+            self._ends[ends_key] = (
+                flows_s(flows, "gradients", self.network),
+                flows_s(flows, "parameters", self.network),
+            )
+        head, ends, layers = self._heads[head_key], self._ends[ends_key], self.model.num_layers
+        return [QuickPrice(layers, forward, backward, head, *ends) for forward, backward in self._layers[key]]
+
+    def with_cp_comm_type(self, base: Layout, micro_batch_size: int) -> Layout:
+        """Return the layout with the faster way to the keys of other context-parallel ranks."""
+        key = (base.tp, base.cp, micro_batch_size)
+        ring = replace(base, cp_comm_type="p2p")
+        if key not in self._rings:
+            gathered, around = (self._work(layout, micro_batch_size, True) for layout in (base, ring))
+            self._rings[key] = around.forward_s + around.backward_s < gathered.forward_s + gathered.backward_s
+        return ring if self._rings[key] else base
 
     def _batch(self, micro_batch_size: int) -> Batch:
         return Batch(self.seq_length, micro_batch_size, self.global_batch_size)
 
-    def _mean_layer(self, base: Layout, micro_batch_size: int, rerun: Rerun) -> tuple[float, float]:
-        m, forward, backward = self.model, 0.0, 0.0
-        layout = replace(base, recompute=rerun[0], recompute_modules=rerun[1])
+    def _work(self, layout: Layout, micro_batch_size: int, is_moe: bool) -> LayerWork:
+        return layer_work(
+            self.model, layout, self._batch(micro_batch_size), self.device, self.network, self.assume, self.options,
+            is_moe,
+        )  # fmt: skip
+
+    def _mean_layer(self, base: Layout, micro_batch_size: int) -> list[tuple[float, float]]:
+        """Return the forward and the backward time of a mean layer, for each recomputation mode."""
+        m = self.model
+        totals = [(0.0, 0.0)] * len(self.reruns)
         moe = sum(m.is_moe_layer(index) for index in range(m.num_layers))
         for is_moe, count in ((True, moe), (False, m.num_layers - moe)):
-            if count:
-                time = layer_time(
-                    m, layout, self._batch(micro_batch_size), self.device, self.network, self.assume, self.options,
-                    is_moe,
-                )  # fmt: skip
-                forward += time.forward_s * count / m.num_layers
-                backward += time.backward_s * count / m.num_layers
-        return forward, backward
-
-    def _data_parallel(self, base: Layout) -> tuple[float, float]:
-        totals = {"gradients": 0.0, "parameters": 0.0}
-        for flow in step_flows(self.model, base, self._batch(1), self.precision, 0):
-            if flow.where in totals:
-                stride, size = group(base, flow.kind)
-                totals[flow.where] += flow.calls * self.network.time_s(flow.op, flow.size_bytes, stride, size)
-        return totals["gradients"], totals["parameters"]
+            if not count:
+                continue
+            work, share = self._work(base, micro_batch_size, is_moe), count / m.num_layers
+            for index, (kind, modules) in enumerate(self.reruns):
+                layout = replace(base, recompute=kind, recompute_modules=modules)
+                time = with_recomputation(work, m, layout, is_moe)
+                forward, backward = totals[index]
+                totals[index] = (forward + share * time.forward_s, backward + share * time.backward_s)
+        return totals

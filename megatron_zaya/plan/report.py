@@ -19,6 +19,7 @@ def plan_overrides(layout: Layout, batch: Batch) -> dict[str, Any]:
         "pipeline_model_parallel_size": layout.pp,
         "virtual_pipeline_model_parallel_size": layout.vp if layout.vp > 1 else None,
         "context_parallel_size": layout.cp,
+        "cp_comm_type": layout.cp_comm_type,
         "expert_model_parallel_size": layout.ep,
         "expert_tensor_parallel_size": layout.etp,
         "sequence_parallel": layout.sequence_parallel and layout.tp > 1,

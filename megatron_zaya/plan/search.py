@@ -15,10 +15,11 @@ from typing import NamedTuple
 
 from megatron_zaya.plan.activations import Options
 from megatron_zaya.plan.hardware import Accelerator, Network
+from megatron_zaya.plan.layer_time import Assumptions
 from megatron_zaya.plan.memory import Allowances, Memory, plan_memory
 from megatron_zaya.plan.quick import QuickPrices
 from megatron_zaya.plan.shape import Batch, Layout, ModelShape, Precision, Recompute
-from megatron_zaya.plan.step_time import Assumptions, StepTime, plan_step_time
+from megatron_zaya.plan.step_time import StepTime, plan_step_time
 
 RECOMPUTE: tuple[tuple[Recompute, tuple[str, ...]], ...] = (
     ("none", ()),
@@ -144,12 +145,11 @@ def first_looks(wanted: Wanted, quick: QuickPrices, rejected: Counter[str]) -> l
                 continue
             microbatches = wanted.global_batch_size // (micro * base.dp)
             interleavings = _interleavings(wanted.model, base, microbatches)
-            for recompute in range(len(RECOMPUTE)):
-                price = quick.of(base, micro, RECOMPUTE[recompute])
-                looks += [
-                    _Look(price.step_s(base.pp, vp, microbatches), len(looks) + n, base, micro, vp, recompute)
-                    for n, vp in enumerate(interleavings)
-                ]
+            plan = base if base.cp == 1 else quick.with_cp_comm_type(base, micro)
+            for recompute, price in enumerate(quick.of(plan, micro)):
+                for vp in interleavings:
+                    seconds = price.step_s(base.pp, vp, microbatches)
+                    looks.append(_Look(seconds, len(looks), plan, micro, vp, recompute))
     return looks
 
 
@@ -172,7 +172,7 @@ def search(wanted: Wanted, device: Accelerator, network: Network, *, keep: int =
     found = Found()
     quick = QuickPrices(
         wanted.model, wanted.seq_length, wanted.global_batch_size, device, network, wanted.precision, wanted.options,
-        wanted.assume,
+        wanted.assume, RECOMPUTE,
     )  # fmt: skip
     looks = sorted(first_looks(wanted, quick, found.rejected))
     found.considered = len(looks)

@@ -99,6 +99,7 @@ class Layout:
     pp: int = 1
     vp: int = 1
     cp: int = 1
+    cp_comm_type: Literal["all_gather", "p2p"] = "all_gather"
     ep: int = 1
     etp: int = 1
     sequence_parallel: bool = True
@@ -139,6 +140,8 @@ class Layout:
         """The degrees that are not 1, the recomputation, on one line."""
         degrees = {"TP": self.tp, "PP": self.pp, "VP": self.vp, "CP": self.cp, "EP": self.ep, "ETP": self.etp}
         shown = [f"{name}{size}" for name, size in degrees.items() if size > 1] + [f"DP{self.dp}"]
+        if self.cp > 1 and self.cp_comm_type == "p2p":
+            shown.append("ring")
         return " ".join(shown) + ("" if self.recompute == "none" else f" recompute={self.recompute}")
 
 
@@ -208,6 +211,7 @@ def layout_of(config: RunConfig, world_size: int) -> Layout:
         pp=p.pipeline_model_parallel_size,
         vp=p.virtual_pipeline_model_parallel_size or 1,
         cp=p.context_parallel_size,
+        cp_comm_type=p.cp_comm_type,
         ep=p.expert_model_parallel_size,
         etp=p.expert_tensor_parallel_size,
         sequence_parallel=p.sequence_parallel,

@@ -10,32 +10,44 @@ import pytest
 from megatron_zaya.config import load_config
 from megatron_zaya.plan.collectives import step_flows
 from megatron_zaya.plan.hardware import Network, accelerator
+from megatron_zaya.plan.layer_time import Assumptions, StageTime
+from megatron_zaya.plan.pipeline_time import simulate
 from megatron_zaya.plan.shape import Batch, Layout, batch_of, layout_of, model_of, precision_of
-from megatron_zaya.plan.step_time import Assumptions, StageTime, plan_step_time, simulate
+from megatron_zaya.plan.step_time import plan_step_time
 
 ZAYA1 = Path(__file__).parents[2] / "configs/zaya1_8b.yaml"
 TP2 = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
+TP4 = ["parallel.tensor_model_parallel_size=4", "parallel.sequence_parallel=true"]
 EP4 = ["parallel.expert_model_parallel_size=4"]
+CP4 = ["parallel.context_parallel_size=4"]
+PP2 = ["parallel.pipeline_model_parallel_size=2", "schedule.global_batch_size=8"]
+RING = ["parallel.cp_comm_type=p2p"]
+FULL = ["parallel.recompute_granularity=full"]
+SOME = ["parallel.recompute_granularity=selective"]
+# name: (world, rank, overrides); of context-parallel ranks one in the middle, which has two neighbours
 CASES: dict[str, tuple[int, int, list[str]]] = {
     "data": (4, 1, ["schedule.global_batch_size=8"]),
-    "expert": (8, 0, [*EP4, "schedule.global_batch_size=8"]),
-    "expert, parameters not overlapped": (
-        8,
-        0,
-        [*EP4, "schedule.global_batch_size=8", "parallel.overlap_param_gather=false"],
-    ),
-    "expert, everything again": (8, 0, [*EP4, "schedule.global_batch_size=8", "parallel.recompute_granularity=full"]),
-    "tensor": (4, 0, [*TP2, "schedule.global_batch_size=2"]),
-    "tensor beyond key-value heads": (
-        4,
-        0,
-        ["parallel.tensor_model_parallel_size=4", "parallel.sequence_parallel=true", "schedule.global_batch_size=2"],
-    ),
-    "tensor and expert": (8, 0, [*TP2, *EP4, "schedule.global_batch_size=4"]),
-    "context": (4, 0, ["parallel.context_parallel_size=2", "schedule.global_batch_size=2"]),
-    "pipeline, first": (4, 0, ["parallel.pipeline_model_parallel_size=2", "schedule.global_batch_size=8"]),
-    "pipeline, last": (4, 2, ["parallel.pipeline_model_parallel_size=2", "schedule.global_batch_size=8"]),
-}
+    "data, nothing sharded": (4, 1, ["parallel.use_distributed_optimizer=false"]),
+    "expert": (8, 0, EP4),
+    "expert, parameters not overlapped": (8, 0, [*EP4, "parallel.overlap_param_gather=false"]),
+    "expert, everything again": (8, 0, [*EP4, *FULL]),
+    "expert, some again": (8, 0, [*EP4, *SOME, "parallel.recompute_modules=[moe]"]),
+    "expert tensor": (4, 0, [*TP2, "parallel.expert_tensor_parallel_size=2", "parallel.expert_model_parallel_size=2"]),
+    "tensor": (4, 0, TP2),
+    "tensor beyond key-value heads, everything again": (4, 0, [*TP4, *FULL]),
+    "tensor and expert": (8, 0, [*TP2, *EP4]),
+    "context, gathered": (4, 1, CP4),
+    "context, ring": (4, 2, [*CP4, *RING]),
+    "context of two, ring": (4, 0, ["parallel.context_parallel_size=2", *RING]),
+    "context, gathered, attention again": (4, 1, [*CP4, *SOME]),
+    "context, ring, one layer again": (4, 1, [*CP4, *RING, *FULL, "parallel.recompute_method=block"]),
+    "context and tensor, gathered": (8, 2, [*CP4, *TP2]),
+    "context and tensor beyond key-value heads, ring": (16, 4, [*CP4, *TP4, *RING]),
+    "pipeline, first": (4, 0, PP2),
+    "pipeline, last": (4, 2, PP2),
+    "interleaved, middle": (4, 1, ["parallel.pipeline_model_parallel_size=4", "schedule.global_batch_size=4",
+                                   "parallel.virtual_pipeline_model_parallel_size=2", "model.num_layers=8"]),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -43,7 +55,9 @@ def test_priced_collectives_are_those_of_the_dry_run(name):
     from megatron_zaya.plan.dryrun.run import dry_run
 
     world_size, rank, overrides = CASES[name]
-    config = load_config(ZAYA1, ["model.num_layers=2", "schedule.micro_batch_size=1", *overrides])
+    small = ["model.num_layers=2", "schedule.micro_batch_size=1"]
+    once = f"schedule.global_batch_size={layout_of(load_config(ZAYA1, overrides), world_size).dp}"
+    config = load_config(ZAYA1, [*small, once, *overrides])
     run = dry_run(config, world_size, rank, skip_share=0.0)
     layout, model = layout_of(config, world_size), model_of(config)
     priced: Counter[str] = Counter()
@@ -53,18 +67,14 @@ def test_priced_collectives_are_those_of_the_dry_run(name):
         if flow.size_bytes >= 1024:
             priced[flow.op] += flow.size_bytes * flow.calls
     seen: Counter[str] = Counter()
-    halo = 0
     for call in run.collectives:
-        if call.op == "send_recv" and layout.cp > 1:
-            halo += call.size_bytes * call.calls
-        elif call.size_bytes >= 1024:
+        if call.size_bytes >= 1024:
             seen[call.op] += call.size_bytes * call.calls
-    assert set(priced) == set(seen)
+    assert {op for op, size in priced.items() if size} == set(seen)
     for op, size in seen.items():
         # Gradient buckets are padded to multiples of the ranks; everything else is equal to the byte.
-        exact = op in ("all_to_all", "send_recv", "all_reduce")
+        exact = op in ("all_to_all", "send_recv") or (op == "all_reduce" and layout.use_distributed_optimizer)
         assert priced[op] == pytest.approx(size, rel=0 if exact else 1e-4), op
-    assert halo < 1e-3 * sum(seen.values())
 
 
 def test_a_pipeline_of_equal_stages_has_the_published_bubble():
