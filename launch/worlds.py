@@ -39,6 +39,20 @@ def supervision(environ: Mapping[str, str]) -> Supervision:
     )
 
 
+JOB_VARIABLES = {
+    "job_id": "SLURM_JOB_ID",
+    "job_user": "SLURM_JOB_USER",
+    "job_partition": "SLURM_JOB_PARTITION",
+    "cluster_name": "SLURM_CLUSTER_NAME",
+}
+
+
+def job_labels(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return what tells this job from others, empty where no scheduler says; the host always."""
+    labels = {label: environ.get(name, "") for label, name in JOB_VARIABLES.items()}
+    return labels | {"hostname": environ.get("SLURMD_NODENAME") or socket.gethostname()}
+
+
 def _integers(environ: Mapping[str, str], names: Sequence[str], start: str = START) -> list[int]:
     given = [name for name in names if environ.get(name)]
     missing = [name for name in names if not environ.get(name)]

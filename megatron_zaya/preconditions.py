@@ -14,6 +14,7 @@ from megatron_zaya.config.phases import phase_configs
 from megatron_zaya.data.datasets import check_data
 from megatron_zaya.data.tokenizer import load_tokenizer
 from megatron_zaya.plan.layout import check_layout
+from megatron_zaya.telemetry.trackers import missing_packages
 
 
 def _check_vocabulary(config: RunConfig) -> None:
@@ -74,6 +75,9 @@ def check_run(config: RunConfig, world_size: int, ranks_per_node: int | None = N
 
 
 def _check_phase(config: RunConfig, world_size: int, ranks_per_node: int | None) -> None:
+    lacking = missing_packages(config.telemetry)
+    if lacking:
+        raise ConfigError("; ".join(lacking))
     check_layout(config, world_size, ranks_per_node)
     if config.data.seq_length > config.model.max_position_embeddings:
         raise ConfigError(

@@ -314,6 +314,28 @@ class TelemetryConfig(Section):
     """Iterations between reports of the gradient norm by group of parameters; 0 reports none."""
     loss_curve: bool = True
     """Draw loss_curve.png in the run folder (needs the extra `plots`)."""
+    prometheus: Literal["off", "http", "textfile"] = "off"
+    """Metrics for Prometheus: an endpoint of the first rank, or a file for node_exporter's textfile collector."""
+    prometheus_host: str = "127.0.0.1"
+    """Address to listen on; the default is reached from this node only, 0.0.0.0 from everywhere."""
+    prometheus_port: Annotated[int, Field(ge=1, le=65535)] = 9840
+    prometheus_textfile_dir: str | None = None
+    """Folder that node_exporter reads (its --collector.textfile.directory)."""
+    prometheus_textfile_interval_s: PositiveFloat = 10.0
+    tensorboard: bool = False
+    """Write TensorBoard's event files into the run folder (needs the extra `tensorboard`)."""
+    wandb: Literal["off", "online", "offline"] = "off"
+    """Log to Weights & Biases, or into the run folder for `wandb sync` (needs the extra `wandb`)."""
+    wandb_project: str = "zaya"
+    mlflow_tracking_uri: str | None = None
+    """Log to MLflow: a server, or a file as in sqlite:///mlflow.db (needs the extra `mlflow`)."""
+    mlflow_experiment: str = "zaya"
+
+    @model_validator(mode="after")
+    def _check(self) -> TelemetryConfig:
+        if self.prometheus == "textfile" and self.prometheus_textfile_dir is None:
+            raise ValueError("prometheus=textfile needs prometheus_textfile_dir, the folder that node_exporter reads")
+        return self
 
 
 class RunSection(Section):

@@ -147,6 +147,9 @@ class PlainConsole:
         self.first = True
         self.shows_step = True
 
+    def open(self) -> None:
+        """Nothing to prepare."""
+
     def handle(self, event: Event, when: float) -> None:
         """Print the event if it is due."""
         if isinstance(event, StepDone):
@@ -174,6 +177,9 @@ class LiveConsole:
             console=self.console,
         )
         self.task = None
+
+    def open(self) -> None:
+        """Nothing to prepare: the view begins with the run."""
 
     def handle(self, event: Event, when: float) -> None:
         """Update the bar, or print the event above it."""

@@ -36,13 +36,15 @@ class LossCurveSink:
     """Redraw the picture after each evaluation and at the end."""
 
     def __init__(self, metrics: Path, picture: Path) -> None:
-        """Begin with what earlier lives of the run left in ``metrics``."""
-        self.picture = picture
+        self.metrics, self.picture = metrics, picture
         self.training: dict[int, float] = {}
         self.held_out: dict[int, float] = {}
-        if metrics.exists():
-            self.training = {number: step["loss"] for number, step in steps_by_iteration(metrics).items()}
-            self.held_out = {record["iteration"]: record["loss"] for record in read_events(metrics, "Evaluated")}
+
+    def open(self) -> None:
+        """Begin with what earlier lives of the run left in ``metrics``."""
+        if self.metrics.exists():
+            self.training = {number: step["loss"] for number, step in steps_by_iteration(self.metrics).items()}
+            self.held_out = {record["iteration"]: record["loss"] for record in read_events(self.metrics, "Evaluated")}
 
     def handle(self, event: Event, when: float) -> None:
         """Draw when there is something new to see."""

@@ -24,6 +24,10 @@ class RunStarted:
     resumed_from: str | None = None
     optimizer: str = "AdamW"
     """What goes where, in one line; the run folder's optimizer.txt has every parameter."""
+    attempt: int = 0
+    """Of a supervised job; 0 is its first start."""
+    save_interval: int = 0
+    """Iterations between saves; 0 saves at the end only."""
     name: str = ""
     """Name of the run; that of the folder where the run has phases."""
     num_layers: int = 0

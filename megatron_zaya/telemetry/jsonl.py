@@ -13,7 +13,11 @@ class JsonlSink:
     """Append events to ``path``; a line is complete or absent after a kill."""
 
     def __init__(self, path: Path) -> None:
-        self.file = path.open("a", encoding="utf-8", buffering=1)
+        self.path = path
+
+    def open(self) -> None:
+        """Open the file."""
+        self.file = self.path.open("a", encoding="utf-8", buffering=1)
 
     def handle(self, event: Event, when: float) -> None:
         """Write one line."""

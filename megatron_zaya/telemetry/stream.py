@@ -20,18 +20,21 @@ logger = logging.getLogger(__name__)
 
 QUEUE_EVENTS = 4096
 """Events that may wait for a sink before it misses some: minutes of steps, a few megabytes."""
-CLOSE_TIMEOUT_S = 5.0
+CLOSE_TIMEOUT_S = 30.0
 """How long the end of a run waits for its sinks, all together."""
 
 
 class Sink(Protocol):
-    """A consumer of events; lives in a thread of its own on one rank, so it may block."""
+    """A consumer of events; all its calls come from a thread of its own, on one rank, so it may block."""
+
+    def open(self) -> None:
+        """Get ready; called once, first."""
 
     def handle(self, event: Event, when: float) -> None:
         """Take one event and the time of it, seconds since 1970."""
 
     def close(self) -> None:
-        """Flush and release; called once, and not after `handle` has raised."""
+        """Flush and release; called once, and not after another call has raised."""
 
 
 class SinkRunner:
@@ -63,6 +66,7 @@ class SinkRunner:
 
     def _work(self) -> None:
         try:
+            self.sink.open()
             while (item := self._waiting.get()) is not None:
                 self.sink.handle(*item)
             self.sink.close()

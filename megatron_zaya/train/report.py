@@ -59,6 +59,8 @@ class Reporter:
             parameters_active=active,
             resumed_from=job.resumed_from,
             optimizer=job.optimizer_summary,
+            attempt=job.attempt,
+            save_interval=job.config.checkpoint.save_interval,
             name=job.config.run_dir.name,
             num_layers=job.config.model.num_layers,
             num_experts=job.config.model.num_moe_experts,

@@ -9,7 +9,6 @@ import contextlib
 import datetime
 import os
 import signal
-import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -37,12 +36,10 @@ from megatron_zaya.parallel.pipeline import ZayaP2PCommunicator
 from megatron_zaya.plan.hardware import accelerators
 from megatron_zaya.plan.layout import pipeline_stages
 from megatron_zaya.preconditions import checkpoint_to_load
-from megatron_zaya.telemetry.console import LiveConsole, PlainConsole
-from megatron_zaya.telemetry.curve import LossCurveSink
 from megatron_zaya.telemetry.events import Event, Loaded, Restarted
 from megatron_zaya.telemetry.heartbeat import Heartbeat
-from megatron_zaya.telemetry.jsonl import JsonlSink
-from megatron_zaya.telemetry.stream import EventStream, Sink
+from megatron_zaya.telemetry.sinks import build_sinks
+from megatron_zaya.telemetry.stream import EventStream
 from megatron_zaya.train.callbacks.base import Callback
 from megatron_zaya.train.callbacks.checkpoint import SaveCheckpoints
 from megatron_zaya.train.callbacks.drill import Drills
@@ -182,13 +179,7 @@ def _build_events(config: RunConfig, env: RankContext) -> EventStream:
     folder = config.run_dir
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    telemetry = config.telemetry
-    live = telemetry.live == "on" or (telemetry.live == "auto" and sys.stdout.isatty())
-    console = LiveConsole() if live else PlainConsole(telemetry.log_interval)
-    sinks: list[Sink] = [console, JsonlSink(folder / "metrics.jsonl")]
-    if telemetry.loss_curve:
-        sinks.append(LossCurveSink(folder / "metrics.jsonl", folder / "loss_curve.png"))
-    return EventStream(sinks)
+    return EventStream(build_sinks(config, env.job_labels))
 
 
 def build_callbacks(config: RunConfig, env: RankContext) -> Sequence[Callback]:
@@ -267,9 +258,9 @@ def build_job(config: RunConfig, env: RankContext, device: torch.device) -> Trai
         news.append(
             Loaded(report.iteration, str(report.folder), report.seconds, report.bytes_read, len(report.skipped))
         )
-    supervision = env.supervision
-    if supervision.attempt:
-        news.append(Restarted(job.state.iteration, supervision.attempt, list(supervision.causes)))
+    job.attempt = env.supervision.attempt
+    if job.attempt:
+        news.append(Restarted(job.state.iteration, job.attempt, list(env.supervision.causes)))
     if job.state.iteration < config.schedule.train_iters:
         sampler = ResumableSampler(
             config.schedule.train_samples,

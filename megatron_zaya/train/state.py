@@ -53,6 +53,8 @@ class TrainingJob:
     state: TrainState
     events: EventStream
     resumed_from: str | None = None
+    attempt: int = 0
+    """Of a supervised job; 0 is its first start."""
     stop_signal: int = 0
     """Number of the signal that asked for a stop; 0 if none."""
     save_asked: bool = False

@@ -104,6 +104,7 @@ def test_the_examples_are_complete():
 def test_every_event_is_one_line_and_one_record(event, tmp_path):
     assert plain_line(event).isprintable()
     sink = JsonlSink(tmp_path / "m.jsonl")
+    sink.open()
     sink.handle(event, NOW)
     sink.close()
     (record,) = read_events(tmp_path / "m.jsonl")
@@ -115,6 +116,7 @@ def test_metrics_append_and_the_later_life_counts(tmp_path):
     path = tmp_path / "metrics.jsonl"
     for losses in ({1: 5.0, 2: 4.0, 3: 9.0}, {3: 3.0}):
         sink = JsonlSink(path)
+        sink.open()
         for iteration, loss in losses.items():
             sink.handle(step(iteration, loss), NOW)
         sink.close()
@@ -135,6 +137,9 @@ def test_the_loss_curve_is_a_picture(tmp_path):
 def test_a_failing_sink_is_dropped_and_the_others_go_on(tmp_path, caplog):
     class Broken:
         calls = 0
+
+        def open(self):
+            pass
 
         def handle(self, event, when):
             self.calls += 1
@@ -161,6 +166,9 @@ def test_a_blocked_sink_misses_events_and_holds_nobody_up(tmp_path, caplog):
     class Blocked:
         free = threading.Event()
         taken = 0
+
+        def open(self):
+            pass
 
         def handle(self, event, when):
             self.free.wait()
