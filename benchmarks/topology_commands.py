@@ -1,6 +1,6 @@
 """How quickly `zaya topology` answers, per command, as whole processes; and how large fabrics do.
 
-Run: `python benchmarks/topology.py --json`. Each command is started `--repeat` times and the fastest counts.
+Run: `python benchmarks/topology_commands.py --json`. Each command is started `--repeat` times and the fastest counts.
 Invariant: exit status 1 when a command misses its limit (1 s; 10 s for `place` and for 131,072 GPUs).
 """
 
