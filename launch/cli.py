@@ -13,16 +13,17 @@ from typing import Annotated
 import typer
 
 from ckpt.errors import CheckpointError
-from launch import ckpt_cli, convert_cli, job_cli, telemetry_cli
+from launch import ckpt_cli, convert_cli, job_cli, report_cli, telemetry_cli
 from launch.errors import LaunchError
 from launch.plan_cli import app as plan_app
 from megatron_zaya.config import ConfigError, dump_config, json_schema, load_config
 from megatron_zaya.convert.errors import ConvertError
 from megatron_zaya.data.errors import DataError
+from megatron_zaya.report.errors import ReportError
 from topology.cli import app as topology_app
 from topology.errors import TopologyError
 
-USER_ERRORS = (ConfigError, ConvertError, DataError, CheckpointError, LaunchError, TopologyError)
+USER_ERRORS = (ConfigError, ConvertError, DataError, CheckpointError, LaunchError, ReportError, TopologyError)
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 config_app = typer.Typer(no_args_is_help=True, help="Run files: schema, resolved values.")
@@ -30,6 +31,8 @@ data_app = typer.Typer(no_args_is_help=True, help="Tokenised text.")
 optimizer_app = typer.Typer(no_args_is_help=True, help="What trains which parameter.")
 app.command()(job_cli.submit)
 app.command()(job_cli.preflight)
+app.command()(report_cli.report)
+app.command()(report_cli.top)
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
 app.add_typer(convert_cli.app, name="convert")

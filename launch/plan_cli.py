@@ -63,28 +63,6 @@ def _world_size(nodes: int | None, world_size: int | None, device: Accelerator) 
     return world_size if world_size is not None else (nodes or 1) * device.per_node
 
 
-def _wanted(
-    config: RunConfig, world_size: int, skew: float, probability: float, allowances: list[str] | None
-) -> Wanted:
-    from megatron_zaya.plan.activations import Options
-    from megatron_zaya.plan.layer_time import Assumptions
-    from megatron_zaya.plan.search import Wanted
-    from megatron_zaya.plan.shape import batch_of, model_of, precision_of
-
-    batch = batch_of(config)
-    return Wanted(
-        model=model_of(config),
-        world_size=world_size,
-        seq_length=batch.seq_length,
-        global_batch_size=batch.global_batch_size,
-        precision=precision_of(config),
-        options=Options(loss_workspace_bytes=config.run.loss_workspace_mib * 2**20, expert_load=skew),
-        allowances=_allowances(allowances),
-        assume=Assumptions(skew=skew),
-        min_fit_probability=probability,
-    )
-
-
 def _allowances(given: list[str] | None) -> Any:
     from megatron_zaya.plan.memory import GIB, Allowances
 
@@ -99,22 +77,6 @@ def _allowances(given: list[str] | None) -> Any:
         if not equals:
             raise ConfigError(f"--allowance {text!r}: write NAME=GiB")
     return Allowances(**changes)
-
-
-def _price(config: RunConfig, wanted: Wanted, device: Accelerator, network: Network) -> Candidate:
-    """Return the run file's own plan with its predictions."""
-    from megatron_zaya.plan.layout import check_layout
-    from megatron_zaya.plan.memory import plan_memory
-    from megatron_zaya.plan.search import Candidate
-    from megatron_zaya.plan.shape import batch_of, layout_of
-    from megatron_zaya.plan.step_time import plan_step_time
-
-    check_layout(config, wanted.world_size)
-    layout, batch = layout_of(config, wanted.world_size), batch_of(config)
-    common: dict[str, Any] = dict(precision=wanted.precision, options=wanted.options)
-    memory = plan_memory(wanted.model, layout, batch, allowances=wanted.allowances, **common)
-    time = plan_step_time(wanted.model, layout, batch, device, network, assume=wanted.assume, **common)
-    return Candidate(layout, batch, memory, time, memory.fit_probability(device.memory_bytes, wanted.allowances))
 
 
 @app.command("search")
@@ -138,11 +100,12 @@ def plan_search(
 ) -> None:
     """Search every legal layout for a run's model, sequence length and global batch."""
     from megatron_zaya.plan import report
+    from megatron_zaya.plan.price import wanted_of
     from megatron_zaya.plan.search import price_all_ranks, search
 
     device, network = _machine(accelerator, cluster, memory_gib, nics_down)
     config = load_config(run_file, overrides or ())
-    wanted = _wanted(config, _world_size(nodes, world_size, device), skew, probability, allowance)
+    wanted = wanted_of(config, _world_size(nodes, world_size, device), skew, probability, _allowances(allowance))
     found = search(wanted, device, network)
     if not found.best:
         reasons = "".join(f"\n  {count:,} rejected: {reason}" for reason, count in found.rejected.most_common())
@@ -195,11 +158,12 @@ def plan_check(
     """Say whether a run file's own layout fits, with the margin. Exit status 1 when it does not."""
     from megatron_zaya.plan import report
     from megatron_zaya.plan.memory import GIB
+    from megatron_zaya.plan.price import price_own_layout, wanted_of
 
     device, network = _machine(accelerator, cluster, memory_gib, nics_down)
     config = load_config(run_file, overrides or ())
-    wanted = _wanted(config, _world_size(nodes, world_size, device), skew, probability, allowance)
-    plan = _price(config, wanted, device, network)
+    wanted = wanted_of(config, _world_size(nodes, world_size, device), skew, probability, _allowances(allowance))
+    plan = price_own_layout(config, wanted, device, network)
     fits = plan.fit_probability >= probability
     margin = device.memory_bytes - plan.memory_bytes
     if as_json:
@@ -235,10 +199,11 @@ def plan_dryrun(
 
     quiet_megatron()
     from megatron_zaya.plan.dryrun.run import dry_run
+    from megatron_zaya.plan.price import wanted_of
 
     per_stage = world_size // config.parallel.pipeline_model_parallel_size
     ranks = rank or list(range(0, world_size, per_stage))
-    wanted = _wanted(config, world_size, skew, 0.95, None)
+    wanted = wanted_of(config, world_size, skew)
     records = []
     for number in ranks:
         run = dry_run(config, world_size, number, skew=skew)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_zaya.config import ConfigError
-from megatron_zaya.plan.memory import GIB
+from megatron_zaya.plan.memory import GIB, StageMemory
 from megatron_zaya.plan.pipeline_time import Timeline
 from megatron_zaya.plan.search import Candidate, Found
+from megatron_zaya.report import canvas
 
 PARTS = ("parameters", "gradients", "optimizer", "activations", "transient", "boundary", "allowance")
 
@@ -19,24 +21,14 @@ def draw(found: Found, chosen: Candidate, timeline: Timeline, capacity_bytes: fl
     """Write the picture as PNG, or as a page of HTML around it.
 
     Raises:
-        ConfigError: matplotlib is missing, or the ending is neither .png nor .html.
+        ConfigError: the ending is neither .png nor .html.
+        ReportError: matplotlib is missing.
     """
     if path.suffix not in (".png", ".html"):
         raise ConfigError(f"picture {path}: the name must end in .png or .html")
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError("pictures need matplotlib: install the extra `plots`") from None
-    figure = Figure(figsize=(14, 9), layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(2, 2)
-    _memory(figure.add_subplot(grid[0, 0]), chosen, capacity_bytes)
-    _scatter(figure.add_subplot(grid[0, 1]), found, chosen, capacity_bytes)
-    _timeline(figure.add_subplot(grid[1, :]), timeline)
-    figure.suptitle(f"{chosen.layout.describe()}, micro-batch {chosen.batch.micro_batch_size}")
+    figure = canvas.styled(_draw, found, chosen, timeline, capacity_bytes)
     image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=110)
+    figure.savefig(image, format="png")
     if path.suffix == ".png":
         path.write_bytes(image.getvalue())
         return
@@ -47,15 +39,26 @@ def draw(found: Found, chosen: Candidate, timeline: Timeline, capacity_bytes: fl
     path.write_text(page, encoding="utf-8")
 
 
-def _memory(axes: Any, chosen: Candidate, capacity_bytes: float) -> None:
-    stages = chosen.memory.stages
+def _draw(found: Found, chosen: Candidate, timeline: Timeline, capacity_bytes: float) -> Any:
+    figure = canvas.figure(14, 9)
+    grid = figure.add_gridspec(2, 2)
+    memory_bars(figure.add_subplot(grid[0, 0]), chosen.memory.stages, capacity_bytes)
+    _scatter(figure.add_subplot(grid[0, 1]), found, chosen, capacity_bytes)
+    _timeline(figure.add_subplot(grid[1, :]), timeline)
+    figure.suptitle(f"{chosen.layout.describe()}, micro-batch {chosen.batch.micro_batch_size}")
+    return figure
+
+
+def memory_bars(axes: Any, stages: Sequence[StageMemory], capacity_bytes: float | None) -> None:
+    """Draw what every pipeline rank needs at the peak of a step, part by part, GiB."""
     ranks = [stage.pp_rank for stage in stages]
     below = [0.0] * len(stages)
     for part in PARTS:
         heights = [getattr(stage, part) / GIB for stage in stages]
         axes.bar(ranks, heights, bottom=below, label=part)
         below = [low + height for low, height in zip(below, heights, strict=True)]
-    axes.axhline(capacity_bytes / GIB, color="black", linestyle="--", label="capacity")
+    if capacity_bytes is not None:
+        axes.axhline(capacity_bytes / GIB, color="black", linestyle="--", label="capacity")
     axes.set(xlabel="pipeline rank", ylabel="GiB", title="memory at the peak of a step")
     axes.set_xticks(ranks)
     axes.legend(fontsize="small")
