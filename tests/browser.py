@@ -19,8 +19,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
-         "--no-first-run", "--disable-extensions", "--disable-background-networking", "--remote-debugging-pipe"]  # fmt: skip
+FLAGS = [
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--disable-background-networking",
+    "--hide-scrollbars",
+    "--no-first-run",
+    "--remote-debugging-pipe",
+]
 WAIT_S = 120.0
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from launch.supervise.classify import Cause, RankExit
 from launch.supervise.policy import REMEDY, Decision
 from launch.supervise.stacks import Odd, RankStack
+from megatron_zaya.telemetry import jsonl
 
 
 class EventLog:
@@ -41,16 +42,8 @@ class EventLog:
 
 
 def read_events(path: Path, event: str | None = None) -> list[dict[str, Any]]:
-    """Return the events of a log (of one kind), oldest first; a torn last line is left out."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if event is None or record["event"] == event:
-            records.append(record)
-    return records
+    """Return the events of a log (of one kind), oldest first; none where there is no log yet."""
+    return jsonl.read_events(path, event) if path.exists() else []
 
 
 def read_excluded(folder: Path) -> dict[str, str]:

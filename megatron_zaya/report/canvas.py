@@ -20,7 +20,7 @@ INK, MUTED, GRID = "#1f2933", "#52606d", "#e4e7eb"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#a8527f", "#b07800", "#2f7f9f", "#6b4fa0", "#5f6b7a")
 """Told apart by people who see colours differently; dark enough on white for thin lines."""
 BLUE, RED, GREEN = COLOURS[:3]
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 10.0,
     "axes.edgecolor": "#9aa5b1",
     "axes.labelcolor": MUTED,
@@ -117,7 +117,8 @@ def smooth(y: NDArray[np.float64], share: float = 0.03) -> NDArray[np.float64]:
     half = window // 2
     low = np.maximum(np.arange(len(y)) - half, 0)
     high = np.minimum(np.arange(len(y)) + half + 1, len(y))
-    return (total[high] - total[low]) / (high - low)
+    mean: NDArray[np.float64] = (total[high] - total[low]) / (high - low)
+    return mean
 
 
 def legend(axes: Any) -> None:

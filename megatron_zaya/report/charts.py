@@ -5,7 +5,7 @@ Iterations are counted over the whole run: phases lie one after the other, with 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +74,16 @@ def _latest(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [record for _, record in sorted({record["iteration"]: record for record in records}.items())]
 
 
+def draw_losses(axes: Any, iterations: Any, losses: Any, held_out: Mapping[int, float]) -> None:
+    """Draw training and held-out loss, nats per token."""
+    _line(axes, iterations, losses, BLUE, "training")
+    if held_out:
+        axes.plot(*zip(*sorted(held_out.items()), strict=True), "o-", color=RED, markersize=4.5, label="held-out")
+    axes.set_xlabel("iteration")
+    axes.set_ylabel("nats per token")
+    canvas.legend(axes)
+
+
 def loss(run: Run) -> Chart:
     """Training and held-out loss."""
     chart = Chart("loss", "Loss", "No step has been recorded yet.")
@@ -82,17 +92,14 @@ def loss(run: Run) -> Chart:
         return chart
     chart.figure = canvas.figure(height=3.8)
     axes = chart.figure.subplots()
-    _line(axes, steps["iteration"], steps["loss"], BLUE, "training")
     held_out = {record["iteration"]: record["loss"] for record in run.events("Evaluated")}
-    if held_out:
-        axes.plot(*zip(*sorted(held_out.items()), strict=True), "o-", color=RED, markersize=4.5, label="held-out")
+    draw_losses(axes, steps["iteration"], steps["loss"], held_out)
     spikes = run.events("LossSpike")
     if spikes:
         axes.plot([s["iteration"] for s in spikes], [s["loss"] for s in spikes], "x", color=COLOURS[3], label="spike")
     for skipped in run.events("StepSkipped"):
         axes.axvline(skipped["iteration"], color=COLOURS[4], linewidth=1)
     _iterations(axes, run)
-    axes.set_ylabel("nats per token")
     canvas.legend(axes)
     first, last = steps["loss"][0], steps["loss"][-1]
     chart.text = f"Training loss fell from {first:.3f} to {last:.3f} nats per token"
@@ -257,7 +264,7 @@ def experts(run: Run) -> Chart:
     """The load of every expert of every layer over time, as a heat map."""
     chart = Chart("experts", "Load of every expert", "The run recorded no load of single experts.")
     records = [record for record in _latest(run.events("MoeHealth")) if record.get("expert_loads")]
-    shape = np.shape(records[-1]["expert_loads"]) if records else ()
+    shape: tuple[int, ...] = np.shape(records[-1]["expert_loads"]) if records else ()
     records = [record for record in records if np.shape(record["expert_loads"]) == shape]
     if len(shape) != 2:
         return chart

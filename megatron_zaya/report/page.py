@@ -134,8 +134,9 @@ def _draw_all(sections: list[Section], out: Path) -> dict[int, str]:
             for item in content:
                 if isinstance(item, Chart) and item.figure is not None:
                     name = item.name if len(sections) == 1 else f"{section.anchor}-{item.name}"
-                    canvas.png(item.figure, out / f"{name}.png")
                     drawn[id(item)] = canvas.svg(item.figure, name, item.text)
+                    item.figure.set_layout_engine("none")  # laid out once is enough
+                    canvas.png(item.figure, out / f"{name}.png")
     return drawn
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from megatron_zaya.telemetry.events import Evaluated, Event, RunEnded, StepDone
 from megatron_zaya.telemetry.jsonl import read_events, steps_by_iteration
@@ -13,23 +16,19 @@ def draw_loss_curve(training: Mapping[int, float], held_out: Mapping[int, float]
     """Draw losses by iteration, nats per token.
 
     Raises:
-        ImportError: matplotlib is not installed (extra `plots`).
+        ReportError: matplotlib is not installed (extra `plots`).
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from megatron_zaya.report import canvas, charts
 
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    axes.plot(*zip(*sorted(training.items()), strict=True), label="training", linewidth=1.2)
-    if held_out:
-        axes.plot(*zip(*sorted(held_out.items()), strict=True), "o-", label="held-out", markersize=4)
-    axes.set_xlabel("iteration")
-    axes.set_ylabel("loss (nats per token)")
-    axes.set_title(title)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(picture)
+    def draw() -> Any:
+        figure = canvas.figure(8, 4.5)
+        axes = figure.subplots()
+        iterations = np.array(sorted(training), dtype=float)
+        charts.draw_losses(axes, iterations, np.array([training[int(number)] for number in iterations]), held_out)
+        axes.set_title(title)
+        return figure
+
+    canvas.png(canvas.styled(draw), picture)
 
 
 class LossCurveSink:

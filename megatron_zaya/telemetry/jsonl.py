@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 from megatron_zaya.telemetry.events import Event
 
@@ -29,19 +30,19 @@ class JsonlSink:
         self.file.close()
 
 
-def read_events(path: Path, kind: str | None = None) -> list[dict]:
-    """Return the records of a metrics file (of one kind), oldest first; a torn last line is left out."""
+def read_events(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """Return the records of a file of events (of one kind), oldest first; lines that are no event are left out."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+            if kind in (None, record["event"]):
+                records.append(record)
+        except (ValueError, TypeError, KeyError):  # torn by a kill, or not ours
             continue
-        if kind is None or record["event"] == kind:
-            records.append(record)
     return records
 
 
-def steps_by_iteration(path: Path) -> dict[int, dict]:
+def steps_by_iteration(path: Path) -> dict[int, dict[str, Any]]:
     """Return the step records by iteration; where a run was repeated from a checkpoint, the later record counts."""
     return {record["iteration"]: record for record in read_events(path, "StepDone")}
