@@ -209,22 +209,54 @@ def _end_flows(m: ModelShape, layout: Layout, t: Tokens, micro: int, pp_rank: in
 
 
 def data_parallel_flows(m: ModelShape, layout: Layout, precision: Precision, pp_rank: int) -> list[Flow]:
-    """Return what gradients and parameters need once a step, and the gradients that several ranks share."""
+    """Return what gradients and parameters need once a step, bucket by bucket, and the gradients that ranks share."""
     parameters = rank_parameters(m, layout, pp_rank)
     flows = []
     # Without overlap each of the two chained optimizers gathers the parameters of both.
     chained = parameters.dense > 0 and parameters.expert > 0
     gathers = 1 if layout.overlap_param_gather or not chained else 2
-    for kind, elements in (("dp_cp", parameters.dense), ("ep_dp", parameters.expert)):
+    buckets = {
+        "dp_cp": dense_buckets(layout, parameters.dense, parameters.largest_dense),
+        "ep_dp": expert_buckets(layout, parameters.expert, parameters.largest_expert),
+    }
+    for kind, sizes in buckets.items():
         ranks = group(layout, kind)
-        if ranks[1] == 1 or not elements:
-            continue
-        if layout.use_distributed_optimizer:
-            flows.append(Flow("gradients", kind, "reduce_scatter", elements * precision.gradient, ranks, 0, 1))
-            flows.append(Flow("parameters", kind, "all_gather", elements * precision.parameter, ranks, gathers, 0))
-        else:
-            flows.append(Flow("gradients", kind, "all_reduce", elements * precision.gradient, ranks, 0, 1))
+        for elements, count in sizes if ranks[1] > 1 else ():
+            gradients, weights = elements * precision.gradient, elements * precision.parameter
+            if layout.use_distributed_optimizer:
+                flows.append(Flow("gradients", kind, "reduce_scatter", gradients, ranks, 0, count))
+                flows.append(Flow("parameters", kind, "all_gather", weights, ranks, gathers * count, 0))
+            else:
+                flows.append(Flow("gradients", kind, "all_reduce", gradients, ranks, 0, count))
     return flows + _shared_gradient_flows(m, layout, precision, pp_rank)
+
+
+Buckets = list[tuple[float, int]]
+"""Elements of a bucket, and how many such buckets there are."""
+
+
+def bucket_elements(layout: Layout) -> int:
+    """Return the elements after which a bucket is closed. Source: Megatron-Core, `DistributedDataParallel`."""
+    return layout.bucket_elements or max(40_000_000, 1_000_000 * layout.dp * layout.cp)
+
+
+def dense_buckets(layout: Layout, elements: int, largest: int) -> Buckets:
+    """Return the buckets of all that is no expert: one holds the largest tensor, the others are closed when full."""
+    if not elements:
+        return []
+    others = (elements - largest) // bucket_elements(layout) if layout.overlap_grad_reduce else 0
+    if not others:
+        return [(elements, 1)]
+    first = max(largest, elements / (others + 1))
+    return [(first, 1), ((elements - first) / others, others)]
+
+
+def expert_buckets(layout: Layout, elements: int, largest: int) -> Buckets:
+    """Return the buckets of the experts; the tensors of a layer's experts are two, often larger than a bucket."""
+    if not elements:
+        return []
+    count = int(elements // max(bucket_elements(layout), 0.75 * largest)) if layout.overlap_grad_reduce else 1
+    return [(elements / max(1, count), max(1, count))]
 
 
 def _shared_gradient_flows(m: ModelShape, layout: Layout, precision: Precision, pp_rank: int) -> list[Flow]:

@@ -13,8 +13,8 @@ from megatron_zaya.plan.activations import Options, Tokens
 from megatron_zaya.plan.collectives import data_parallel_flows
 from megatron_zaya.plan.hardware import Accelerator, Network
 from megatron_zaya.plan.layer_time import Assumptions, LayerWork, layer_work, with_recomputation
+from megatron_zaya.plan.reduction import flows_s, tail_s
 from megatron_zaya.plan.shape import Batch, Layout, ModelShape, Precision, Recompute
-from megatron_zaya.plan.step_time import OVERLAP, flows_s
 
 Rerun = tuple[Recompute, tuple[str, ...]]
 
@@ -28,19 +28,17 @@ class QuickPrice:
     """Of a mean layer."""
     backward: float
     head: float
-    reduce: float
-    gather: float
+    reduce: tuple[float, float]
+    """All gradients, and those of the last bucket."""
+    gather: tuple[float, float]
 
     def step_s(self, pp: int, vp: int, microbatches: int) -> float:
         """Return the approximate time of a step."""
         layers = -(-self.num_layers // (pp * vp)) * vp
         one = layers * (self.forward + self.backward)
-        step = microbatches * (one + self.head) + (pp - 1) / vp * one
-        if self.reduce > OVERLAP * layers * self.backward:
-            step += self.reduce - OVERLAP * layers * self.backward
-        if self.gather > OVERLAP * layers * self.forward:
-            step += self.gather - OVERLAP * layers * self.forward
-        return step
+        exposed = max(self.reduce[1], self.reduce[0] - layers * self.backward)
+        exposed += max(self.gather[1], self.gather[0] - layers * self.forward)
+        return microbatches * (one + self.head) + (pp - 1) / vp * one + exposed
 
 
 @dataclass
@@ -60,7 +58,7 @@ class QuickPrices:
     _layers: dict[tuple[int, ...], list[tuple[float, float]]] = field(default_factory=dict)
     _rings: dict[tuple[int, ...], bool] = field(default_factory=dict)
     _heads: dict[tuple[int, ...], float] = field(default_factory=dict)
-    _ends: dict[tuple[int, ...], tuple[float, float]] = field(default_factory=dict)
+    _ends: dict[tuple[int, ...], list[tuple[float, float]]] = field(default_factory=dict)
 
     def of(self, base: Layout, micro_batch_size: int) -> list[QuickPrice]:
         """Return the prices of a set of degrees, one for each recomputation mode."""
@@ -74,11 +72,7 @@ class QuickPrices:
             self._heads[head_key] = 4 * product
         ends_key = (base.tp, base.pp, base.cp, base.ep, base.etp)
         if ends_key not in self._ends:
-            flows = data_parallel_flows(self.model, base, self.precision, 0)
-            self._ends[ends_key] = (
-                flows_s(flows, "gradients", self.network),
-                flows_s(flows, "parameters", self.network),
-            )
+            self._ends[ends_key] = self._once_a_step(base)
         head, ends, layers = self._heads[head_key], self._ends[ends_key], self.model.num_layers
         return [QuickPrice(layers, forward, backward, head, *ends) for forward, backward in self._layers[key]]
 
@@ -90,6 +84,12 @@ class QuickPrices:
             gathered, around = (self._work(layout, micro_batch_size, True) for layout in (base, ring))
             self._rings[key] = around.forward_s + around.backward_s < gathered.forward_s + gathered.backward_s
         return ring if self._rings[key] else base
+
+    def _once_a_step(self, base: Layout) -> list[tuple[float, float]]:
+        """Return the time of all calls and of the last ones, of gradients and of parameters."""
+        flows = data_parallel_flows(self.model, base, self.precision, 0)
+        sides = [[flow for flow in flows if flow.where == where] for where in ("gradients", "parameters")]
+        return [(flows_s(side, self.network), tail_s(side, self.network)) for side in sides]
 
     def _batch(self, micro_batch_size: int) -> Batch:
         return Batch(self.seq_length, micro_batch_size, self.global_batch_size)

@@ -26,6 +26,7 @@ def plan_overrides(layout: Layout, batch: Batch) -> dict[str, Any]:
         "use_distributed_optimizer": layout.use_distributed_optimizer,
         "overlap_grad_reduce": layout.overlap_grad_reduce,
         "overlap_param_gather": layout.overlap_param_gather,
+        "ddp_bucket_size": layout.bucket_elements,
         "recompute_granularity": None if layout.recompute == "none" else layout.recompute,
     }
     if layout.recompute == "selective":

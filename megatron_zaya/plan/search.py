@@ -15,9 +15,11 @@ from typing import NamedTuple
 
 from megatron_zaya.plan.activations import Options
 from megatron_zaya.plan.hardware import Accelerator, Network
-from megatron_zaya.plan.layer_time import Assumptions
+from megatron_zaya.plan.layer_time import Assumptions, stage_times
 from megatron_zaya.plan.memory import Allowances, Memory, plan_memory
+from megatron_zaya.plan.pipeline_time import busy_s
 from megatron_zaya.plan.quick import QuickPrices
+from megatron_zaya.plan.reduction import with_best_buckets
 from megatron_zaya.plan.shape import Batch, Layout, ModelShape, Precision, Recompute
 from megatron_zaya.plan.step_time import StepTime, plan_step_time
 
@@ -194,14 +196,22 @@ def search(wanted: Wanted, device: Accelerator, network: Network, *, keep: int =
         if len(candidates) >= keep and memory.worst.total >= smallest:
             continue
         smallest = min(smallest, memory.worst.total)
-        time = plan_step_time(
-            wanted.model, layout, batch, device, network, precision=wanted.precision, options=wanted.options,
-            assume=wanted.assume,
-        )  # fmt: skip
-        candidates.append(Candidate(layout, batch, memory, time, fits))
+        candidates.append(_priced(wanted, layout, batch, device, network, memory, fits))
     candidates.sort(key=lambda candidate: candidate.time.step_s)
     found.best, found.front = candidates[:keep], pareto(candidates)
     return found
+
+
+def _priced(
+    wanted: Wanted, layout: Layout, batch: Batch, device: Accelerator, network: Network, memory: Memory, fits: float
+) -> Candidate:
+    """Price a plan in full, with the size of buckets that suits it."""
+    m, precision, options, assume = wanted.model, wanted.precision, wanted.options, wanted.assume
+    times = stage_times(m, layout, batch, device, network, options, assume)
+    rough_s = batch.microbatches(layout) * busy_s(layout, times, 0)
+    layout = with_best_buckets(m, layout, precision, network, times, rough_s)
+    time = plan_step_time(m, layout, batch, device, network, precision=precision, options=options, assume=assume)
+    return Candidate(layout, batch, memory, time, fits)
 
 
 def pareto(candidates: list[Candidate]) -> list[Candidate]:

@@ -14,7 +14,7 @@ from megatron_zaya.plan.activations import Options
 from megatron_zaya.plan.hardware import Network, accelerator
 from megatron_zaya.plan.memory import GIB, Memory, plan_memory
 from megatron_zaya.plan.shape import Batch, Layout, ModelShape, Precision
-from megatron_zaya.plan.step_time import StepTime, plan_step_time
+from megatron_zaya.plan.step_time import StepTime, model_flops_per_token, plan_step_time
 
 POINTS = Path(__file__).parent / "data" / "calibration.yaml"
 FITTED = (
@@ -42,16 +42,17 @@ class Comparison:
         return self.predicted / self.measured - 1
 
 
-def _predict(quantity: str, memory: Memory, time: StepTime, layout: Layout) -> float:
+def _predict(quantity: str, model: ModelShape, layout: Layout, batch: Batch, memory: Memory, time: StepTime) -> float:
     stage = memory.stages[0]
-    again = 4 / 3 if layout.recompute == "full" else 1.0
+    flops = model_flops_per_token(model, batch.seq_length, whole_attention=True)
+    tflops = time.tokens_per_gpu_s * flops / 1e12
     return {
         "states_gib": stage.states / GIB,
         "activations_gib": stage.activations / GIB,
         "allocated_gib": memory.worst.peak / GIB,
         "device_gib": memory.worst.total / GIB,
-        "tflops": time.tflops,
-        "tflops_with_recompute": time.tflops * again,
+        "tflops": tflops,
+        "tflops_with_recompute": tflops * (4 / 3 if layout.recompute == "full" else 1.0),
         "tokens_per_gpu_s": time.tokens_per_gpu_s,
         "step_s": time.step_s,
     }[quantity]
@@ -81,7 +82,9 @@ def _compare_point(point: dict[str, Any], models: dict[str, ModelShape]) -> list
     memory = plan_memory(model, layout, batch, **common)
     time = plan_step_time(model, layout, batch, device, Network.of(device), **common)
     return [
-        Comparison(point["name"], quantity, value, _predict(quantity, memory, time, layout), point["source"])
+        Comparison(
+            point["name"], quantity, value, _predict(quantity, model, layout, batch, memory, time), point["source"]
+        )
         for quantity, value in point["measured"].items()
     ]
 

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megatron_zaya.config import load_config
+from megatron_zaya.plan.activations import Options
 from megatron_zaya.plan.collectives import step_flows
 from megatron_zaya.plan.hardware import Network, accelerator
-from megatron_zaya.plan.layer_time import Assumptions, StageTime
+from megatron_zaya.plan.layer_time import Assumptions, StageTime, stage_times
+from megatron_zaya.plan.memory import plan_memory
+from megatron_zaya.plan.muon import muon_s
 from megatron_zaya.plan.pipeline_time import simulate
-from megatron_zaya.plan.shape import Batch, Layout, batch_of, layout_of, model_of, precision_of
+from megatron_zaya.plan.reduction import reduction_s, with_best_buckets
+from megatron_zaya.plan.schedule import alive_chunks
+from megatron_zaya.plan.shape import Batch, Layout, Precision, batch_of, layout_of, model_of, precision_of
 from megatron_zaya.plan.step_time import plan_step_time
 
 ZAYA1 = Path(__file__).parents[2] / "configs/zaya1_8b.yaml"
@@ -97,3 +103,72 @@ def test_parts_add_up_and_skew_and_lost_nics_cost_time():
     degraded = plan_step_time(model, layout, batch, device, Network.of(device, nics_down=4))
     assert skewed.step_s > plain.step_s
     assert degraded.step_s > plain.step_s
+
+
+def test_small_buckets_suit_few_ranks_and_large_ones_many():
+    model, device, precision = model_of(load_config(ZAYA1)), accelerator("MI300X"), Precision()
+    network, small, large = Network.of(device), 40_000_000, 2**40
+    for ranks, better, worse in ((8, small, large), (1024, large, small)):  # latency of a ring grows with its ranks
+        layout = Layout(world_size=ranks)
+        times = stage_times(model, layout, Batch(4096, 1, ranks), device, network, Options(), Assumptions())
+        exposed = {}
+        for elements in (small, large, None):
+            variant = replace(layout, bucket_elements=elements)
+            if elements is None:
+                variant = with_best_buckets(model, layout, precision, network, times, 0.4)
+            exposed[elements] = sum(reduction_s(model, variant, precision, network, times).values())
+        assert exposed[better] < exposed[worse]
+        assert exposed[None] <= exposed[better] * 1.01
+        unhidden = replace(layout, overlap_grad_reduce=False)
+        assert sum(reduction_s(model, unhidden, precision, network, times).values()) >= exposed[better]
+
+
+@pytest.mark.parametrize("layout", [Layout(8), Layout(64, ep=8), Layout(1024, tp=2, pp=2, ep=8)], ids=Layout.describe)
+def test_sharding_the_optimizer_never_costs_time_or_memory(layout):
+    """So a search does not look at plans without it."""
+    model, device = model_of(load_config(ZAYA1)), accelerator("MI300X")
+    batch, whole = Batch(4096, 2, 4 * layout.dp), replace(layout, use_distributed_optimizer=False)
+    sharded, unsharded = (
+        plan_step_time(model, each, batch, device, Network.of(device)).step_s for each in (layout, whole)
+    )
+    assert sharded <= unsharded
+    assert plan_memory(model, layout, batch).worst.peak < plan_memory(model, whole, batch).worst.peak
+
+
+def test_a_ring_of_keys_hides_behind_attention_and_a_gather_does_not():
+    model, device = model_of(load_config(ZAYA1)), accelerator("MI300X")
+    seen = {}
+    for how in ("all_gather", "p2p"):
+        layout = Layout(world_size=8, cp=8, ep=8, cp_comm_type=how)
+        long, short = (
+            plan_step_time(model, layout, Batch(length, 1, 1), device, Network.of(device)).parts["context parallel"]
+            for length in (131072, 8192)
+        )
+        seen[how] = long / 131072, short / 8192  # per token
+    assert seen["p2p"][0] < 0.2 * seen["p2p"][1]
+    assert seen["p2p"][0] < seen["all_gather"][0]
+
+
+def test_muon_costs_more_than_adam_and_less_on_more_ranks():
+    model, device = model_of(load_config(ZAYA1)), accelerator("MI300X")
+    seconds = [muon_s(model, Layout(world_size=size), device, Network.of(device)) for size in (1, 8, 64, 1024)]
+    assert seconds == sorted(seconds, reverse=True)
+    batch, precision = Batch(4096, 1, 8), Precision(matrix_moments=4)
+    steps = [
+        plan_step_time(model, Layout(8), batch, device, Network.of(device), precision=each).parts["optimizer"]
+        for each in (Precision(), precision)
+    ]
+    assert steps[1] > steps[0]
+
+
+@pytest.mark.parametrize("rows", [(1.0, 2.0), (3.0, 3.0)])
+def test_zero_bubble_idles_less_than_1f1b_and_gpipe_keeps_more_alive(rows):
+    times, kinds = [StageTime({"x": rows[0]}, {"x": rows[1]})] * 4, ("1f1b", "zb1p", "gpipe")
+    spans = {kind: simulate(Layout(world_size=4, pp=4, schedule=kind), 8, times, 0.0)[0] for kind in kinds}
+    work = 8 * sum(rows)
+    assert work < spans["zb1p"] < spans["1f1b"] <= spans["gpipe"]
+    # (p - 1) (T_F + T_B - 2 T_W) with equal thirds, arXiv 2401.10241, table 1
+    if rows == (1.0, 2.0):
+        assert spans["zb1p"] - work == pytest.approx((spans["1f1b"] - work) / 3)
+    alive = {kind: max(map(sum, alive_chunks(4, 1, 8, 0, kind))) for kind in kinds}
+    assert alive == {"1f1b": 4, "zb1p": 4, "gpipe": 8}
