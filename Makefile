@@ -9,7 +9,7 @@ TWO_AT_A_TIME := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 SOURCES := megatron_zaya ckpt topology launch tests benchmarks tools setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup smoke check format test test-soak test-mcore-latest bench clean
+.PHONY: help setup smoke check format reference docs test test-soak test-mcore-latest bench clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -37,6 +37,14 @@ format: setup  ## rewrite the sources in the project's format
 	$(BIN)/ruff format --quiet $(SOURCES)
 	$(BIN)/ruff check --fix --quiet $(SOURCES)
 
+reference: setup  ## write docs/reference/ and docs/pictures/ from the code
+	$(BIN)/python tools/reference.py
+	$(BIN)/python tools/pictures.py
+
+docs: reference  ## build the documentation into site/, strictly
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 test: setup  ## the whole test-suite
 	tools/install_apt_packages.sh
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(TWO_AT_A_TIME)
@@ -53,4 +61,4 @@ test-mcore-latest:  ## model, parity and training tests on the newest Megatron-C
 	OMP_NUM_THREADS=1 .venv-mcore-latest/bin/pytest tests/model tests/train
 
 clean:  ## remove the environment and everything that runs wrote
-	rm -rf $(VENV) .venv-mcore-latest runs data
+	rm -rf $(VENV) .venv-mcore-latest runs data site

@@ -34,6 +34,7 @@ setup(
     ],
     extras_require={
         "hf": ["safetensors>=0.4", "tokenizers>=0.20", "transformers>=5.23"],
+        "docs": ["matplotlib>=3.8", "mkdocs-material>=9.5"],
         "plots": ["matplotlib>=3.8"],
         "mpi": ["mpi4py>=3.1"],  # build it against the MPI that starts the ranks
         "tensorboard": ["tensorboard>=2.16"],
@@ -45,6 +46,7 @@ setup(
             "hypothesis>=6.100",
             "import-linter>=2.1",
             "matplotlib>=3.8",
+            "mkdocs-material>=9.5",
             "mpi4py>=4.0",
             "mypy>=1.14",
             "pytest>=8.2",

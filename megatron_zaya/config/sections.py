@@ -346,10 +346,10 @@ class RunSection(Section):
     """Run folder; {name} is replaced."""
     seed: NonNegativeInt = 1234
     precision: Literal["fp32", "bf16"] = "bf16"
+    """Parameter and compute type; bf16 keeps fp32 master weights, residual stream, norms and softmaxes."""
     fp32_islands: list[Fp32Island] = Field(default=["residual", "norm", "qk_norm", "router", "loss"])
     """What bf16 runs compute in fp32, all five in the released model: the residual stream, the statistics of the norms,
     the mean coupling and norm of q and k, the softmax of the router, the softmax of the loss."""
-    """Parameter and compute type; bf16 keeps fp32 master weights, residual stream, norms and softmaxes."""
     deterministic: bool = False
     """Let torch use (and insist on) algorithms that give the same bits in every run; slower on an accelerator."""
     loss_workspace_mib: PositiveInt = 256

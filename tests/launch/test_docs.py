@@ -1,38 +1,16 @@
-"""The runbook and the container page name commands, files, options and categories that exist."""
+"""The runbook and the container page name events, categories and build arguments that exist."""
 
 from __future__ import annotations
 
 import re
 
 import pytest
-from typer.testing import CliRunner
 
-from launch.cli import app
 from launch.site import load_site
 from launch.supervise.policy import REMEDY
 from tests.launch.conftest import REPOSITORY
 
 PAGES = {name: (REPOSITORY / f"docs/{name}.md").read_text() for name in ("runbook", "containers")}
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_commands_options_and_files_exist(page):
-    text = PAGES[page]
-    for command in set(re.findall(r"`zaya ([^`]*)`", text)):
-        words = command.split()
-        options = [word.split("=")[0] for word in words if word.startswith("--")]
-        names = []
-        for word in words:
-            if not re.fullmatch(r"[a-z]+", word) or word == "site":
-                break
-            names.append(word)
-        shown = CliRunner().invoke(app, [*names, "--help"], env={"COLUMNS": "200"})
-        assert shown.exit_code == 0, command
-        assert all(option in shown.output for option in options), command
-    for path in re.findall(r"\b((?:slurm|tests|tools|configs)/[\w./-]+\w)", text):
-        assert (REPOSITORY / path).exists(), path
-    for target in re.findall(r"\]\(\.\./([^)]+)\)", text):
-        assert (REPOSITORY / target).exists(), target
 
 
 def test_every_category_has_its_row():
