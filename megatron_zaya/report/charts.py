@@ -101,10 +101,12 @@ def loss(run: Run) -> Chart:
         axes.axvline(skipped["iteration"], color=COLOURS[4], linewidth=1)
     _iterations(axes, run)
     canvas.legend(axes)
-    first, last = steps["loss"][0], steps["loss"][-1]
-    chart.text = f"Training loss fell from {first:.3f} to {last:.3f} nats per token"
-    if last > first:
-        chart.text = f"Training loss rose from {first:.3f} to {last:.3f} nats per token"
+    finite = steps["loss"][np.isfinite(steps["loss"])]
+    if len(finite):
+        way = "fell" if finite[-1] <= finite[0] else "rose"
+        chart.text = f"Training loss {way} from {finite[0]:.3f} to {finite[-1]:.3f} nats per token"
+    else:
+        chart.text = "No step has a finite loss"
     if held_out:
         best = min(held_out, key=lambda iteration: held_out[iteration])
         chart.text += f"; the best held-out loss is {held_out[best]:.3f} at iteration {best:,}"

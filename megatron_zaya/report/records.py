@@ -6,14 +6,17 @@ yet is empty. Memory stays bounded: a step is a row of numbers, and of the large
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from array import array
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+
+from megatron_zaya.telemetry import events
 
 Columns = dict[str, NDArray[np.float64]]
 
@@ -25,6 +28,11 @@ STEP_FIELDS = (
 LARGE = frozenset({"MoeHealth", "GradientNorms"})
 """Events of which only some are kept."""
 KEPT = 256
+NEEDED = {
+    record.__name__: {field.name for field in dataclasses.fields(record) if field.default is dataclasses.MISSING}
+    for record in get_args(events.Event)
+}
+"""Fields that every record of a kind has had since there is that kind."""
 
 
 class Thinned:
@@ -86,16 +94,15 @@ class Metrics:
         try:
             record = json.loads(line)
             kind = record["event"]
-            if kind == "StepDone":
-                row = [_number(record.get(name)) for name in STEP_FIELDS]
-                if math.isnan(row[STEP_FIELDS.index("iteration")]):
-                    raise ValueError
         except (ValueError, TypeError, KeyError):
             self.damaged += 1
             return
+        if not _is_whole(kind, record):
+            self.damaged += 1
+            return
         if kind == "StepDone":
-            for name, value in zip(STEP_FIELDS, row, strict=True):
-                self._columns[name].append(value)
+            for name in STEP_FIELDS:
+                self._columns[name].append(_number(record.get(name)))
         elif kind in LARGE:
             self._thinned.setdefault(kind, Thinned()).add(record)
         else:
@@ -117,6 +124,12 @@ class Metrics:
         _, first = np.unique(newest_first, return_index=True)
         chosen = len(newest_first) - 1 - first
         return {name: values[chosen] for name, values in columns.items()}
+
+
+def _is_whole(kind: Any, record: dict[str, Any]) -> bool:
+    """Return whether an event has what readers rely on; kinds of later versions are not known and pass."""
+    numbers = (record.get("time"), record.get("iteration", 0))
+    return NEEDED.get(kind, frozenset()) <= record.keys() and not any(math.isnan(_number(value)) for value in numbers)
 
 
 def _number(value: Any) -> float:

@@ -164,7 +164,7 @@ def _read_part(part: Part, problems: list[str]) -> None:
 
 def _read_launch(run: Run, log: Path) -> None:
     if log.exists():
-        run.launch = read_events(log)
+        run.launch = [record for record in read_events(log) if isinstance(record.get("time"), int | float)]
     for path in sorted((run.folder / "launch" / "incidents").glob("*.md")):
         if path.stem.isdigit():
             run.incidents[int(path.stem)] = path.read_text(encoding="utf-8", errors="replace")

@@ -48,6 +48,7 @@ class Writer:
 
     def say(self, *events) -> None:
         sink = JsonlSink(self.folder / "metrics.jsonl")
+        sink.open()
         for event in events:
             self.now += 1.0
             sink.handle(event, self.now)

@@ -12,11 +12,9 @@ from launch.cli import main
 from megatron_zaya.report.facts import planned, tiles
 from megatron_zaya.report.records import KEPT, Metrics
 from megatron_zaya.report.run import ago, read_run, refresh, state_of
+from megatron_zaya.telemetry.events import MoeHealth
+from megatron_zaya.telemetry.jsonl import JsonlSink
 from tests.report.conftest import START, TOKENS, step
-
-
-def write(path, lines):
-    path.write_text("".join(f"{line}\n" for line in lines))
 
 
 def test_where_a_run_was_repeated_the_later_step_counts(finished):
@@ -46,16 +44,22 @@ def test_lines_that_are_no_events_are_counted_and_left_out(writer):
     one = writer("one")
     one.life(0, 3)
     with (one.folder / "metrics.jsonl").open("ab") as file:
-        file.write(b'[]\n{"loss": 1}\n\xff\xfe\n{"event": "StepDone"}\nnull\n{"event": "StepDone", "iter')
+        file.write(
+            b'[]\n{"loss": 1}\n\xff\xfe\n{"event": "StepDone", "time": 1}\nnull\n{"event": "Saved", "time": 1}\n'
+        )
+        file.write(b'{"event": "OfLater", "time": 1}\n{"event": "StepDone", "iter')
     run = read_run(one.folder)
     assert len(run.steps()["loss"]) == 3
-    assert run.parts[0].metrics.damaged == 5 and run.parts[0].metrics.torn
-    assert "5 lines are no events" in run.problems[0] and "incomplete" in run.problems[1]
+    assert run.parts[0].metrics.damaged == 6 and run.parts[0].metrics.torn
+    assert "6 lines are no events" in run.problems[0] and "incomplete" in run.problems[1]
 
 
 def test_memory_of_a_long_run_stays_bounded(tmp_path):
-    health = [json.dumps({"event": "MoeHealth", "iteration": i, "expert_loads": [[1.0]]}) for i in range(5000)]
-    write(tmp_path / "metrics.jsonl", health)
+    sink = JsonlSink(tmp_path / "metrics.jsonl")
+    sink.open()
+    for iteration in range(5000):
+        sink.handle(MoeHealth(iteration, [[1.0]], [0.0], [1.0], [0], [0.1]), START)
+    sink.close()
     metrics = Metrics(tmp_path / "metrics.jsonl")
     metrics.poll()
     kept = [record["iteration"] for record in metrics.events("MoeHealth")]
