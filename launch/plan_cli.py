@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import wraps
+from inspect import Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
@@ -13,6 +16,7 @@ from megatron_zaya.config import ConfigError, RunConfig, load_config
 
 if TYPE_CHECKING:
     from megatron_zaya.plan.hardware import Accelerator, Network
+    from megatron_zaya.plan.memory import Allowances
     from megatron_zaya.plan.search import Candidate, Wanted
 
 app = typer.Typer(
@@ -31,6 +35,7 @@ MemoryGib = Annotated[float | None, typer.Option(help="Memory of an accelerator,
 Allowance = Annotated[
     list[str] | None, typer.Option(help="What no shape shows: driver=1.5, collectives=2, workspace=0.25 (GiB).")
 ]
+Probability = Annotated[float, typer.Option(help="Least probability that counts as a fit.")]
 
 
 def _console() -> Any:
@@ -40,78 +45,137 @@ def _console() -> Any:
     return console if console.is_terminal else Console(highlight=False, width=190)
 
 
-def _machine(name: str, cluster: Path | None, memory_gib: float | None, nics_down: int) -> tuple[Accelerator, Network]:
-    from megatron_zaya.plan.hardware import Network, accelerator
+@dataclass
+class Question:
+    """What is asked of plans: the run, the machine, the margins. The fields are options of `search` and of `check`."""
 
-    device, fabric = accelerator(name), None
-    if memory_gib is not None:
-        device = replace(device, memory_bytes=int(memory_gib * 2**30))
-    if cluster is not None:
-        from topology.build import load_fabric
-        from topology.errors import TopologyError
+    run_file: RunFile
+    overrides: Overrides = None
+    nodes: Nodes = None
+    world_size: World = None
+    accelerator: AcceleratorName = "MI300X"
+    cluster: Cluster = None
+    skew: Skew = 1.0
+    nics_down: NicsDown = 0
+    memory_gib: MemoryGib = None
+    allowance: Allowance = None
+    probability: Probability = 0.95
+    as_json: AsJson = False
 
-        try:
-            fabric = load_fabric(cluster)
-        except TopologyError as error:
-            raise ConfigError(str(error)) from None
-    return device, Network.of(device, fabric, nics_down)
+    def machine(self) -> tuple[Accelerator, Network]:
+        """Return the accelerator and the network between them."""
+        from megatron_zaya.plan.hardware import Network, accelerator
+
+        device, fabric = accelerator(self.accelerator), None
+        if self.memory_gib is not None:
+            device = replace(device, memory_bytes=int(self.memory_gib * 2**30))
+        if self.cluster is not None:
+            from topology.build import load_fabric
+            from topology.errors import TopologyError
+
+            try:
+                fabric = load_fabric(self.cluster)
+            except TopologyError as error:
+                raise ConfigError(str(error)) from None
+        return device, Network.of(device, fabric, self.nics_down)
+
+    def config(self) -> RunConfig:
+        """Return the run."""
+        return load_config(self.run_file, self.overrides or ())
+
+    def wanted(self, device: Accelerator) -> Wanted:
+        """Return what is planned for."""
+        if (self.nodes is None) == (self.world_size is None):
+            raise ConfigError("say how large the job is: --nodes, or --world-size")
+        world_size = self.world_size if self.world_size is not None else (self.nodes or 1) * device.per_node
+        wanted = _wanted(self.config(), world_size, self.skew)
+        allowances = _with_allowances(device.allowances(), self.allowance)
+        return replace(wanted, allowances=allowances, min_fit_probability=self.probability, per_node=device.per_node)
 
 
-def _world_size(nodes: int | None, world_size: int | None, device: Accelerator) -> int:
-    if (nodes is None) == (world_size is None):
-        raise ConfigError("say how large the job is: --nodes, or --world-size")
-    return world_size if world_size is not None else (nodes or 1) * device.per_node
+def _answers(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of `Question` in place of its first parameter."""
+    hints = get_type_hints(Question, include_extras=True)
+    shared = [field.replace(annotation=hints[name]) for name, field in signature(Question).parameters.items()]
+    own = list(signature(command, eval_str=True).parameters.values())[1:]
+
+    @wraps(command)
+    def run(**options: Any) -> None:
+        question = Question(**{option.name: options.pop(option.name) for option in shared})
+        command(question, **options)
+
+    run.__signature__ = Signature([*shared, *own])  # type: ignore[attr-defined]
+    run.__annotations__ = {option.name: option.annotation for option in (*shared, *own)}
+    return run
 
 
-def _allowances(given: list[str] | None) -> Any:
-    from megatron_zaya.plan.memory import GIB, Allowances
+def _wanted(config: RunConfig, world_size: int, skew: float) -> Wanted:
+    from megatron_zaya.plan.activations import Options
+    from megatron_zaya.plan.layer_time import Assumptions
+    from megatron_zaya.plan.search import Wanted
+    from megatron_zaya.plan.shape import batch_of, model_of, precision_of
 
+    batch = batch_of(config)
+    return Wanted(
+        model=model_of(config),
+        world_size=world_size,
+        seq_length=batch.seq_length,
+        global_batch_size=batch.global_batch_size,
+        precision=precision_of(config),
+        options=Options(loss_workspace_bytes=config.run.loss_workspace_mib * 2**20, expert_load=skew),
+        assume=Assumptions(skew=skew),
+    )
+
+
+def _with_allowances(allowances: Allowances, given: list[str] | None) -> Allowances:
     known = {"driver": "driver_bytes", "collectives": "collectives_bytes", "workspace": "workspace_bytes"}
     changes = {}
     for text in given or ():
-        name, equals, value = text.partition("=")
+        name, _, value = text.partition("=")
         try:
-            changes[known[name]] = float(value) * GIB
+            changes[known[name]] = float(value) * 2**30
         except (KeyError, ValueError):
             raise ConfigError(f"--allowance {text!r}: write NAME=GiB with one of {', '.join(known)}") from None
-        if not equals:
-            raise ConfigError(f"--allowance {text!r}: write NAME=GiB")
-    return Allowances(**changes)
+    return replace(allowances, **changes)
+
+
+def _price(config: RunConfig, wanted: Wanted, device: Accelerator, network: Network) -> Candidate:
+    """Return the run file's own plan with its predictions."""
+    from megatron_zaya.plan.layout import check_layout
+    from megatron_zaya.plan.memory import plan_memory
+    from megatron_zaya.plan.search import Candidate
+    from megatron_zaya.plan.shape import batch_of, layout_of
+    from megatron_zaya.plan.step_time import plan_step_time
+
+    check_layout(config, wanted.world_size)
+    layout, batch = layout_of(config, wanted.world_size), batch_of(config)
+    common: dict[str, Any] = dict(precision=wanted.precision, options=wanted.options)
+    memory = plan_memory(wanted.model, layout, batch, allowances=wanted.allowances, **common)
+    time = plan_step_time(wanted.model, layout, batch, device, network, assume=wanted.assume, **common)
+    return Candidate(layout, batch, memory, time, memory.fit_probability(device.memory_bytes, wanted.allowances))
 
 
 @app.command("search")
+@_answers
 def plan_search(
-    run_file: RunFile,
-    overrides: Overrides = None,
-    nodes: Nodes = None,
-    world_size: World = None,
-    accelerator: AcceleratorName = "MI300X",
-    cluster: Cluster = None,
-    skew: Skew = 1.0,
-    nics_down: NicsDown = 0,
-    memory_gib: MemoryGib = None,
-    allowance: Allowance = None,
-    probability: Annotated[float, typer.Option(help="Least probability that a plan fits.")] = 0.95,
+    question: Question,
     choose: Annotated[int, typer.Option(min=1, help="Which plan of the ranking to explain and write.")] = 1,
     explain: Annotated[bool, typer.Option("--explain", help="Memory and time of the chosen plan in detail.")] = False,
     picture: Annotated[Path | None, typer.Option(help="Draw the chosen plan: a .png or .html file.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the chosen plan here (YAML).")] = None,
-    as_json: AsJson = False,
 ) -> None:
     """Search every legal layout for a run's model, sequence length and global batch."""
     from megatron_zaya.plan import report
-    from megatron_zaya.plan.price import wanted_of
     from megatron_zaya.plan.search import price_all_ranks, search
 
-    device, network = _machine(accelerator, cluster, memory_gib, nics_down)
-    config = load_config(run_file, overrides or ())
-    wanted = wanted_of(config, _world_size(nodes, world_size, device), skew, probability, _allowances(allowance))
+    device, network = question.machine()
+    wanted = question.wanted(device)
     found = search(wanted, device, network)
     if not found.best:
         reasons = "".join(f"\n  {count:,} rejected: {reason}" for reason, count in found.rejected.most_common())
         raise ConfigError(f"no plan of {found.considered:,} fits {wanted.world_size} x {device.name}:{reasons}")
     chosen = price_all_ranks(found.best[min(choose, len(found.best)) - 1], wanted)
-    if as_json:
+    if question.as_json:
         typer.echo(json.dumps({**report.found_record(found), "chosen": report.candidate_record(chosen)}, indent=1))
     else:
         console = _console()
@@ -123,7 +187,7 @@ def plan_search(
         _draw(found, chosen, wanted, device, network, picture)
     if out is not None:
         size = f"{wanted.world_size} x {device.name}, sequences of {wanted.seq_length}"
-        comments = [f"plan of `zaya plan search` for {run_file.name} on {size}"]
+        comments = [f"plan of `zaya plan search` for {question.run_file.name} on {size}"]
         out.write_text(report.plan_file(chosen, comments, device.per_node), encoding="utf-8")
 
 
@@ -141,32 +205,16 @@ def _draw(found: Any, chosen: Candidate, wanted: Wanted, device: Accelerator, ne
 
 
 @app.command("check")
-def plan_check(
-    run_file: RunFile,
-    overrides: Overrides = None,
-    nodes: Nodes = None,
-    world_size: World = None,
-    accelerator: AcceleratorName = "MI300X",
-    cluster: Cluster = None,
-    skew: Skew = 1.0,
-    nics_down: NicsDown = 0,
-    memory_gib: MemoryGib = None,
-    allowance: Allowance = None,
-    probability: Annotated[float, typer.Option(help="Least probability that counts as a fit.")] = 0.95,
-    as_json: AsJson = False,
-) -> None:
+@_answers
+def plan_check(question: Question) -> None:
     """Say whether a run file's own layout fits, with the margin. Exit status 1 when it does not."""
     from megatron_zaya.plan import report
-    from megatron_zaya.plan.memory import GIB
-    from megatron_zaya.plan.price import price_own_layout, wanted_of
 
-    device, network = _machine(accelerator, cluster, memory_gib, nics_down)
-    config = load_config(run_file, overrides or ())
-    wanted = wanted_of(config, _world_size(nodes, world_size, device), skew, probability, _allowances(allowance))
-    plan = price_own_layout(config, wanted, device, network)
-    fits = plan.fit_probability >= probability
+    device, network = question.machine()
+    plan = _price(question.config(), question.wanted(device), device, network)
+    fits = plan.fit_probability >= question.probability
     margin = device.memory_bytes - plan.memory_bytes
-    if as_json:
+    if question.as_json:
         record = {"fits": fits, "margin_bytes": margin, "capacity_bytes": device.memory_bytes}
         typer.echo(json.dumps({**record, **report.candidate_record(plan)}, indent=1))
     else:
@@ -175,8 +223,8 @@ def plan_check(
         report.show_time(console, plan.time)
         verdict = "fits" if fits else "does NOT fit"
         console.print(
-            f"{plan.layout.describe()} {verdict} on {device.name}: margin {margin / GIB:.1f} of "
-            f"{device.memory_bytes / GIB:.1f} GiB, probability {plan.fit_probability:.3f}"
+            f"{plan.layout.describe()} {verdict} on {device.name}: margin {margin / 2**30:.1f} of "
+            f"{device.memory_bytes / 2**30:.1f} GiB, probability {plan.fit_probability:.3f}"
         )
     raise typer.Exit(0 if fits else 1)
 

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from megatron_zaya.config import ConfigError
+from megatron_zaya.plan.memory import GIB, Allowances
 from topology.cost import CostModel, GroupShape, Routing
 from topology.fabric import Fabric
 from topology.parameters import load_parameters
@@ -40,6 +41,11 @@ class Accelerator:
     link_gb_per_s: float
     nic_gb_per_s: float
     per_node: int
+    driver_gib: float = 1.5
+
+    def allowances(self) -> Allowances:
+        """Return what no shape shows, as far as it depends on the accelerator."""
+        return Allowances(driver_bytes=self.driver_gib * GIB)
 
     def product_s(self, m: float, n: float, k: float, count: float = 1.0) -> float:
         """Return the time of ``count`` products [m, k] x [k, n], one after the other."""

@@ -10,7 +10,7 @@ from launch.plan_file import read_plan
 from megatron_zaya.config import load_config
 from megatron_zaya.plan.hardware import accelerator
 from megatron_zaya.plan.layout import layout_problems
-from megatron_zaya.plan.memory import Allowances, plan_memory
+from megatron_zaya.plan.memory import plan_memory
 from megatron_zaya.plan.parameters import active_parameters, model_parameters
 from megatron_zaya.plan.shape import batch_of, layout_of, model_of, precision_of
 
@@ -31,10 +31,12 @@ def test_a_shipped_plan_is_legal_and_fits_an_mi300x(path):
     config = load_config(ROOT / f"configs/{run_file}.yaml", overrides)
     assert world_size is not None
     assert layout_problems(config, world_size, 8) == []
+    device = accelerator("MI300X")
     memory = plan_memory(
-        model_of(config), layout_of(config, world_size), batch_of(config), precision=precision_of(config)
-    )
-    assert memory.fit_probability(accelerator("MI300X").memory_bytes, Allowances()) > 0.95
+        model_of(config), layout_of(config, world_size), batch_of(config), precision=precision_of(config),
+        allowances=device.allowances(),
+    )  # fmt: skip
+    assert memory.fit_probability(device.memory_bytes, device.allowances()) > 0.95
 
 
 def test_the_sibling_has_the_published_totals():
