@@ -3,7 +3,8 @@
     python benchmarks/convert.py [--json] [--gb 2] [--rounds 3]
 
 Every round copies, imports and exports once, each in a process of its own, with the page cache of the inputs dropped.
-The copy reads and writes 4 MiB at a time and syncs; it is what this disk allows one reader and one writer.
+The copy reads and writes 4 MiB at a time and syncs; it is what this disk allows one reader and one writer. The two
+conversions of torch_dist go through Megatron-Core, so their peaks include torch and some whole tensors.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from megatron_zaya.config import RunConfig  # noqa: E402
-from megatron_zaya.convert.commands import Options, from_hf, to_hf  # noqa: E402
+from megatron_zaya.convert.commands import Options, from_hf, from_torch_dist, to_hf, to_torch_dist  # noqa: E402
 
 BLOCK = 4 << 20
 
@@ -64,8 +65,12 @@ def child(what: str, source: Path, target: Path, size_gb: float) -> None:
         copy(source, target)
     elif what == "from-hf":
         from_hf(source, config_of(size_gb), target, Options(workers=2))
-    else:
+    elif what == "to-hf":
         to_hf(source, target, Options(workers=2))
+    elif what == "to-torch-dist":
+        to_torch_dist(source, target, Options())
+    else:
+        from_torch_dist(source, config_of(size_gb), target, Options())
     seconds = time.perf_counter() - start
     print(json.dumps({"seconds": seconds, "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
 
@@ -88,7 +93,8 @@ def main() -> None:
         return
     from tests.convert.drawn import write_model
 
-    results: dict[str, list[dict[str, float]]] = {"copy": [], "from-hf": [], "to-hf": []}
+    ways = ("copy", "from-hf", "to-hf", "to-torch-dist", "from-torch-dist")
+    results: dict[str, list[dict[str, float]]] = {what: [] for what in ways}
     for number in range(options.rounds):
         with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
             root = Path(folder)
@@ -97,6 +103,9 @@ def main() -> None:
             results["copy"].append(measure("copy", source, root / f"copy{number}", options.gb))
             results["from-hf"].append(measure("from-hf", source, root / "ours", options.gb))
             results["to-hf"].append(measure("to-hf", root / "ours", root / "back", options.gb))
+            results["to-torch-dist"].append(measure("to-torch-dist", root / "ours", root / "torch_dist", options.gb))
+            again = measure("from-torch-dist", root / "torch_dist", root / "again", options.gb)
+            results["from-torch-dist"].append(again)
     report: dict[str, object] = {"model_bytes": size, "rounds": options.rounds}
     for what, rounds in results.items():
         ratios = [one["seconds"] / other["seconds"] for one, other in zip(results["copy"], rounds, strict=True)]
@@ -113,7 +122,7 @@ def main() -> None:
         one = report[what]
         assert isinstance(one, dict)
         print(
-            "{:8} {gb_per_s:6.2f} GB/s  {throughput_over_copy:5.2f} of a copy  peak {peak_mb:5.0f} MB".format(
+            "{:15} {gb_per_s:6.2f} GB/s  {throughput_over_copy:5.2f} of a copy  peak {peak_mb:5.0f} MB".format(
                 what, **one
             )
         )

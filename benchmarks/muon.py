@@ -11,8 +11,11 @@ also uses `borrowed_mib` of the gradient bucket, which holds nothing of meaning 
 Computed, for ZAYA1-8B as configs/zaya1_8b.yaml has it and pure data parallelism, with Megatron-Core's bucket rule:
 optimizer state per rank, the transient of both ways, and its share of state plus transient.
 
-Megatron-Core's own layer-wise Muon needs the package emerging_optimizers (Python 3.12 or newer); without it the
-benchmark says so.
+`megatron_layer_wise` is Megatron-Core's own LayerWiseDistributedOptimizer on the same matrices as separate parameters:
+each rank steps whole matrices, then all parameters are gathered into new buffers. It is timed over its whole step
+(momentum, orthogonalisation, weights, gathering), so its seconds are not those of the exchange alone; what it
+allocates is comparable. It distributes torch.optim.Muon: Megatron-Core's own Muon class needs the package
+emerging_optimizers, which needs Python 3.12.
 """
 
 from __future__ import annotations
@@ -61,6 +64,50 @@ def gather_everything(bucket: Tensor, matrices: int, width: int, rank: int, rank
         own[start - rank * chunk : stop - rank * chunk].copy_(result[start - index * size : stop - index * size])
 
 
+def megatron_layer_wise(matrices: int, width: int) -> tuple[Any, list[torch.nn.Parameter]]:
+    """Return Megatron-Core's optimizer, and its parameters, equal on all ranks. Collective."""
+    from megatron_zaya.compat import cpu
+
+    cpu.install()
+    from megatron.core.optimizer import OptimizerConfig
+    from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
+    from megatron.core.optimizer.optimizer import FP32Optimizer
+
+    from megatron_zaya.config.sections import ParallelConfig
+    from megatron_zaya.parallel.groups import build_process_groups
+
+    groups = build_process_groups(ParallelConfig(), seed=1)
+    generator = torch.Generator().manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.randn(width, width, generator=generator)) for _ in range(matrices)]
+    inner = torch.optim.Muon(parameters, lr=1e-3, ns_steps=STEPS)
+    config = OptimizerConfig(optimizer="adam", lr=1e-3, clip_grad=0.0)
+    wrapped = FP32Optimizer(inner, config, lambda optimizer, config=None: None)
+    return LayerWiseDistributedOptimizer([wrapped], config, groups), parameters
+
+
+def measure_layer_wise(optimizer: Any, parameters: list[torch.nn.Parameter], rounds: int) -> dict[str, Any]:
+    result: dict[str, Any] = {"seconds": []}
+    for number in range(rounds + 2):
+        generator = torch.Generator().manual_seed(number)
+        for parameter in parameters:
+            parameter.main_grad = torch.randn(parameter.shape, generator=generator)
+        dist.barrier()
+        if number == 1:  # the first step makes the momenta, which are state
+            momenta = [
+                s["momentum_buffer"] for part in optimizer.chained_optimizers for s in part.optimizer.state.values()
+            ]
+            with peak_bytes([*parameters, *(parameter.main_grad for parameter in parameters), *momenta]) as live:
+                optimizer.step()
+            result["allocated"] = live.peak.total_bytes
+            continue
+        begin = time.perf_counter()
+        optimizer.step()
+        dist.barrier()
+        if number:
+            result["seconds"].append(time.perf_counter() - begin)
+    return result
+
+
 def measure_rank(rank: int, ranks: int, port: int, matrices: int, width: int, rounds: int, folder: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
@@ -84,6 +131,7 @@ def measure_rank(rank: int, ranks: int, port: int, matrices: int, width: int, ro
         "ours": exchange,
         "all_gather": lambda: gather_everything(bucket, matrices, width, rank, ranks),
     }
+    layer_wise, parameters = megatron_layer_wise(matrices, width)
     results: dict[str, Any] = {name: {"seconds": []} for name in ways}
     for number in range(rounds + 1):
         for name, way in ways.items():
@@ -98,9 +146,10 @@ def measure_rank(rank: int, ranks: int, port: int, matrices: int, width: int, ro
             way()
             dist.barrier()
             results[name]["seconds"].append(time.perf_counter() - begin)
+    results["megatron_layer_wise"] = measure_layer_wise(layer_wise, parameters, rounds)
     same = [torch.equal(results["ours"]["chunk"], results["all_gather"]["chunk"]), scratch.used_bytes]
-    for result in results.values():
-        del result["chunk"]
+    for name in ways:
+        del results[name]["chunk"]
     Path(folder, str(rank)).write_text(json.dumps([results, same]))
     dist.destroy_process_group()
 
@@ -119,7 +168,7 @@ def measured(ranks: int, matrices: int, width: int, rounds: int) -> dict[str, An
             "allocated_mib": round(max(results[name]["allocated"] for results, _ in collected) / MIB, 3),
             "seconds": round(statistics.median(collected[0][0][name]["seconds"]), 4),
         }
-        for name in ("ours", "all_gather")
+        for name in ("ours", "all_gather", "megatron_layer_wise")
     }
     figures["ours"]["borrowed_mib"] = round(max(used for _, (_, used) in collected) / MIB, 2)
     state = 8 * matrices * width * width / ranks / MIB
@@ -158,7 +207,7 @@ def computed(dp_size: int, rows: list[Row]) -> dict[str, Any]:
         # Before or after the own chunk: at least half of what is not its own, in fp32.
         needed, free = max(needed, most), max(free, max(0, most - 4 * region // 2))
         waves, spans = max(waves, len(plan.waves)), max(spans, *(len(m.pieces) for m in plan.matrices))
-    gathered = 2 * muon
+    gathered, layer_wise = 2 * muon, 2 * total
     return {
         "data_parallel_size": dp_size,
         "state_per_rank_mib": round(state / MIB, 1),
@@ -173,6 +222,10 @@ def computed(dp_size: int, rows: list[Row]) -> dict[str, Any]:
             "allocated_mib": round(gathered / MIB, 1),
             "share_of_optimizer_memory": round(gathered / (gathered + state), 4),
         },
+        "megatron_layer_wise": {  # by its code: bf16 parameters of all ranks in new buffers
+            "allocated_mib": round(layer_wise / MIB, 1),
+            "share_of_optimizer_memory": round(layer_wise / (layer_wise + state), 4),
+        },
     }
 
 
@@ -185,19 +238,18 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
     rows = released_parameters()
-    has_package = find_spec("emerging_optimizers") is not None
     result = {
         "benchmark": "muon",
         "measured": measured(arguments.ranks, arguments.matrices, arguments.width, arguments.rounds),
         "zaya1_8b": [computed(size, rows) for size in (8, 128, 1024)],
-        "megatron_core_layer_wise": "not measured here" if has_package else "emerging_optimizers is not installed",
+        "emerging_optimizers": "installed" if find_spec("emerging_optimizers") else "not installed",
     }
     if arguments.json:
         print(json.dumps(result))
         return
-    for name in ("ours", "all_gather"):
+    for name in ("ours", "all_gather", "megatron_layer_wise"):
         figures = result["measured"][name]
-        print(f"{name:12} allocates {figures['allocated_mib']:9.2f} MiB   {figures['seconds']:.3f} s")
+        print(f"{name:19} allocates {figures['allocated_mib']:9.2f} MiB   {figures['seconds']:.3f} s")
     for row in result["zaya1_8b"]:
         print(row)
 

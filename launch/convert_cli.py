@@ -17,14 +17,17 @@ Workers = Annotated[int | None, typer.Option(min=1, help="Threads; default: one 
 FileSize = Annotated[float, typer.Option("--max-file-gb", min=0.001, help="Largest file to write, in GB.")]
 Iteration = Annotated[int | None, typer.Option(min=0, help="Which step; default: the newest.")]
 Rounding = Annotated[bool, typer.Option("--rounding", help="Allow types that lose bits, such as fp32 to bf16.")]
+State = Annotated[
+    bool, typer.Option("--state", help="Optimizer, balancing, random state and counters too: a run can go on from it.")
+]
 Carry = Annotated[
     Path | None, typer.Option(help="Folder with tokenizer and generation files; default: those that came in.")
 ]
 
 
 @contextlib.contextmanager
-def _progress(title: str) -> Iterator[Callable[[int], None]]:
-    """Yield a function that is told of bytes written; a bar on a terminal, nothing elsewhere."""
+def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield what is told of bytes written just now and in all; a bar on a terminal, nothing elsewhere."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
 
@@ -32,7 +35,7 @@ def _progress(title: str) -> Iterator[Callable[[int], None]]:
     console = Console(stderr=True)
     with Progress(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=None)
-        yield lambda size: bar.advance(task, size)
+        yield lambda size, total: bar.update(task, advance=size, total=total)
 
 
 def _workers(wanted: int | None) -> int:
@@ -98,6 +101,38 @@ def to_original(
 ) -> None:
     """Make a model folder in the original alternating layout of a checkpoint."""
     _export("original", source, output, iteration, workers, max_file_gb, carry)
+
+
+@app.command("from-torch-dist")
+def from_torch_dist(
+    source: Annotated[Path, typer.Argument(help="Folder of one iteration that Megatron-Core wrote, in any layout.")],
+    run_file: Annotated[Path, typer.Argument(help="Run file (YAML) that shall load it.")],
+    output: Output,
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, applied in order.")] = None,
+    max_file_gb: FileSize = 4.0,
+    rounding: Rounding = False,
+    state: State = False,
+) -> None:
+    """Make a checkpoint of a Megatron torch_dist checkpoint of this model."""
+    from megatron_zaya.config import load_config
+    from megatron_zaya.convert import commands
+
+    config = load_config(run_file, overrides or ())
+    with _progress("from-torch-dist") as progress:
+        options = commands.Options(1, int(max_file_gb * 1e9), rounding, progress)
+        written = commands.from_torch_dist(source, config, output, options, state)
+    weights_only = "" if state else " checkpoint.load_optimizer=false"
+    print(f"{output}: {written / 1e9:.3f} GB; train with checkpoint.load={output}{weights_only}")
+
+
+@app.command("to-torch-dist")
+def to_torch_dist(source: Source, output: Output, iteration: Iteration = None, state: State = False) -> None:
+    """Make a Megatron torch_dist checkpoint of a checkpoint."""
+    from megatron_zaya.convert import commands
+
+    with _progress("to-torch-dist") as progress:
+        written = commands.to_torch_dist(source, output, commands.Options(1, progress=progress), iteration, state)
+    print(f"{output}: {written / 1e9:.3f} GB")
 
 
 @app.command("verify")

@@ -84,5 +84,8 @@ def _check_phase(config: RunConfig, world_size: int, ranks_per_node: int | None)
             f"data.seq_length={config.data.seq_length} is beyond "
             f"model.max_position_embeddings={config.model.max_position_embeddings}"
         )
+    replayed = config.run.router_replay.replay
+    if replayed is not None and not Path(replayed).is_dir():
+        raise ConfigError(f"run.router_replay.replay={replayed!r}: no such folder; run.router_replay.record makes one")
     check_data(config.data)
     _check_vocabulary(config)

@@ -338,6 +338,22 @@ class TelemetryConfig(Section):
         return self
 
 
+class RouterReplayConfig(Section):
+    """The experts that tokens go to: kept, or forced. One file per step, `step_<iteration>.npy`, of integers
+    [sample, layer, token]; the number of experts means skip."""
+
+    record: str | None = None
+    """Folder to write every step's choices to."""
+    replay: str | None = None
+    """Folder whose choices are forced on every step; probabilities and gradients stay the router's own."""
+
+    @model_validator(mode="after")
+    def _check_one(self) -> RouterReplayConfig:
+        if self.record is not None and self.replay is not None:
+            raise ValueError("record and replay exclude each other: a replayed run makes the choices that it was given")
+        return self
+
+
 class RunSection(Section):
     """Identity, place and numerics of the run."""
 
@@ -357,6 +373,7 @@ class RunSection(Section):
     backend: Literal["auto", "nccl", "gloo"] = "auto"
     """Communication library; auto is nccl (RCCL on ROCm) with an accelerator, else gloo."""
     distributed_timeout_s: PositiveInt = 600
+    router_replay: RouterReplayConfig = Field(default_factory=RouterReplayConfig)
 
 
 class PhaseConfig(Section):

@@ -1,7 +1,9 @@
-"""The conversions, from folder to folder. Torch-free; peak memory is a few chunks per worker, whatever the model.
+"""The conversions, from folder to folder. Peak memory is a few chunks per worker, whatever the model; torch-free.
 
 another program's folder  --from_hf-->  step 0 of a checkpoint folder, for checkpoint.load
 a step of any layout      --to_hf---->  another program's folder
+
+With `torch_dist` in place of `hf` they go through Megatron-Core, which needs torch and holds whole tensors.
 """
 
 from __future__ import annotations
@@ -9,16 +11,19 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ckpt.manifest import TensorInfo
 from megatron_zaya.config import ConfigError, RunConfig
+from megatron_zaya.config.sections import ModelConfig
 from megatron_zaya.convert.errors import ConvertError
 from megatron_zaya.convert.folders import CARRIED, KINDS, carry, check_config, kind_of, write_config, write_json
-from megatron_zaya.convert.output import Progress, new_folder, write_files
+from megatron_zaya.convert.hf import HF
+from megatron_zaya.convert.output import Progress, new_folder, silent, write_files
 from megatron_zaya.convert.safetensors_files import INDEX, SafetensorsFolder, index_json, plan_files
-from megatron_zaya.convert.step import StepWeights, write_step
+from megatron_zaya.convert.step import STATE, StepWeights, write_step
 from megatron_zaya.convert.table import our_tensors
-from megatron_zaya.convert.weights import Retyped, Weights, to_ours, to_theirs
+from megatron_zaya.convert.weights import Named, Retyped, Weights, check_tensors, size_of, to_ours, to_theirs
 
 PARAMETER_TYPES = {"bf16": "BF16", "fp32": "F32"}
 FILE_BYTES = 4 << 30
@@ -32,18 +37,7 @@ class Options:
     max_file_bytes: int = FILE_BYTES
     rounding: bool = False
     """Allow types that lose bits."""
-    progress: Progress = lambda size: None
-
-
-def size_of(tensors: dict[str, TensorInfo]) -> int:
-    """Return the bytes of tensors."""
-    total = 0
-    for info in tensors.values():
-        numel = 1
-        for size in info.shape:
-            numel *= size
-        total += numel * info.item_bytes
-    return total
+    progress: Progress = silent
 
 
 def from_hf(source: Path, config: RunConfig, output: Path, options: Options) -> int:
@@ -81,9 +75,9 @@ def from_hf(source: Path, config: RunConfig, output: Path, options: Options) -> 
     return size_of(typed.tensors)
 
 
-def open_step(path: Path, iteration: int | None) -> tuple[StepWeights, RunConfig]:
+def open_step(path: Path, iteration: int | None, with_state: bool = False) -> tuple[StepWeights, RunConfig]:
     """Open a step and the run configuration that was saved with it."""
-    step = StepWeights(path, iteration)
+    step = StepWeights(path, iteration, with_state)
     try:
         return step, RunConfig.model_validate(step.config)
     except ValueError as error:
@@ -145,3 +139,103 @@ def typed_as_origin(theirs: Weights, step: StepWeights, layout: str) -> Retyped:
     dtypes = origin.get("dtypes", {}) if origin.get("layout") == layout else {}
     assert isinstance(dtypes, dict)
     return Retyped(theirs, dtypes, rounding=True)
+
+
+def from_torch_dist(source: Path, config: RunConfig, output: Path, options: Options, with_state: bool = False) -> int:
+    """Make a checkpoint folder of a torch_dist checkpoint that Megatron-Core wrote, in any layout, of this model.
+
+    Args:
+        source: folder of one iteration.
+        config: the run that shall load it; decides model and types.
+        output: checkpoint folder to make; holds step 0, or with the state the step that was exported.
+        options: see there.
+        with_state: take optimizer, balancing, random state and counters too; only our own exports hold all of them.
+
+    Returns:
+        Bytes written.
+
+    Raises:
+        ConvertError: config or tensors do not fit, are damaged or not finite, or the output exists.
+    """
+    from megatron_zaya.convert.torch_dist import TorchDist, our_names
+    from megatron_zaya.convert.world import world_of_one
+
+    with world_of_one():
+        stored = TorchDist(source)
+        run = stored.run_state()
+        _check_model(source, run, config.model)
+        names = our_names(stored.tensors)
+        weights = Named(stored, {name: theirs for name, theirs in names.items() if not name.startswith(STATE)})
+        check_tensors(weights, [tensor for pair in HF.pairs(config.model) for tensor in pair.ours])
+        wanted = our_tensors(config.model, HF, PARAMETER_TYPES[config.run.precision])
+        common: dict[str, Any] = {"config": config.model_dump(mode="json"), "origin": {"layout": "torch_dist"}}
+        iteration = 0
+        if with_state:
+            _check_state(source, run, weights, wanted)
+            common |= run | {"config": common["config"]}
+            iteration = run["train_state"]["iteration"]
+            weights = Named(stored, names)
+        typed = Retyped(weights, {name: info.dtype for name, info in wanted.items()}, options.rounding)
+        with new_folder(output) as folder:
+            # One thread: whole tensors are held, and those of several places at once would be several times as many.
+            write_step(folder, typed, common, 1, options.max_file_bytes, options.progress, iteration)
+    return size_of(typed.tensors)
+
+
+def _check_model(source: Path, run: dict[str, Any], model: ModelConfig) -> None:
+    """Check that the configuration in our own export, if it is one, describes ``model``."""
+    ours = model.model_dump(mode="json")
+    there = run.get("config", {}).get("model", ours)
+    differing = [
+        f"{key}: {there.get(key)!r} there, {value!r} by the run file"
+        for key, value in ours.items()
+        if there.get(key) != value
+    ]
+    if differing:
+        raise ConvertError(f"{source}: is another model; " + "; ".join(differing))
+
+
+def _check_state(source: Path, run: dict[str, Any], weights: Weights, wanted: dict[str, TensorInfo]) -> None:
+    """Check that a run can go on from what lies at ``source``."""
+    if "train_state" not in run:
+        raise ConvertError(
+            f"{source}: holds no counters of a run of this program; leave --state away and start from the weights"
+        )
+    for name, info in weights.tensors.items():
+        if info.dtype != wanted[name].dtype:
+            raise ConvertError(
+                f"{source}: {name!r} is {info.dtype} there and {wanted[name].dtype} by run.precision, for which its "
+                "optimizer state is not made; leave --state away"
+            )
+
+
+def to_torch_dist(
+    source: Path, output: Path, options: Options, iteration: int | None = None, with_state: bool = False
+) -> int:
+    """Make a torch_dist checkpoint of a step, for Megatron-Core's `dist_checkpointing.load` in any layout.
+
+    Args:
+        source: run folder, checkpoint folder, or one step.
+        output: folder to make.
+        options: see there; the types are the step's own, and every tensor gets a file.
+        iteration: which step; None is the newest.
+        with_state: write optimizer, balancing, random state and counters too.
+
+    Returns:
+        Bytes written.
+
+    Raises:
+        ConvertError, CheckpointError: what is there cannot be converted, or the output exists.
+    """
+    from megatron_zaya.convert.torch_dist import RUN, megatron_names, write_torch_dist
+    from megatron_zaya.convert.world import world_of_one
+
+    step, _ = open_step(source, iteration, with_state)
+    if with_state and not any(name.startswith("optimizer.") for name in step.tensors):
+        raise ConvertError(f"{step.folder}: holds weights only; leave --state away")
+    named = Named(step, megatron_names(step.tensors))
+    run = dict(step.manifest.common) if with_state else {"config": step.config}
+    with world_of_one(), new_folder(output) as folder:
+        write_torch_dist(folder, named, {"iteration": step.manifest.iteration, RUN: run}, options.progress)
+    step.close()
+    return size_of(named.tensors)

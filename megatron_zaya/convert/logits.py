@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from megatron_zaya.compat import cpu
 from megatron_zaya.config import RunConfig
 from megatron_zaya.config.sections import ModelConfig
 from megatron_zaya.convert.safetensors_files import SafetensorsFolder
 from megatron_zaya.convert.weights import Weights, widen
+from megatron_zaya.convert.world import world_of_one
 
 TOKENS = (2, 24)
 """Sequences and tokens each; long enough for the convolutions and for a small sliding window."""
@@ -48,28 +46,11 @@ def restore_skip_biases(model: torch.nn.Module, folder: Path) -> None:
     weights.close()
 
 
-@contextlib.contextmanager
-def _world_of_one() -> Iterator[None]:
-    """Be a distributed world of one rank for the block, unless there is a world already."""
-    cpu.install()
-    if torch.distributed.is_initialized():
-        yield
-        return
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    from megatron_zaya.parallel.groups import release_process_groups
-
-    try:
-        yield
-    finally:
-        release_process_groups()
-        torch.distributed.destroy_process_group()
-
-
 @torch.no_grad()
 def logits_of_ours(weights: Weights, model: ModelConfig, tokens: np.ndarray) -> np.ndarray:
     """Return logits [B, S, V] of our model with these weights, which have our names."""
     config = RunConfig.model_validate({"model": model.model_dump(), "run": {"precision": "fp32"}})
-    with _world_of_one():
+    with world_of_one():
         from megatron_zaya.parallel.groups import build_process_groups
         from megatron_zaya.train.setup import build_stages
 

@@ -20,10 +20,14 @@ from ckpt.storage import POSIX, load_storage
 from ckpt.writer.arena import CHUNK_BYTES
 from megatron_zaya.convert.errors import ConvertError
 from megatron_zaya.convert.safetensors_files import PlannedFile
-from megatron_zaya.convert.weights import Bytes, Weights, first_not_finite
+from megatron_zaya.convert.weights import Bytes, Weights, check_finite
 
-Progress = Callable[[int], None]
-"""Is told of bytes that were written."""
+Progress = Callable[[int, int], None]
+"""Is told of bytes that were written just now, and of how many there will be in all."""
+
+
+def silent(size: int, total: int) -> None:
+    """Tell nobody."""
 
 
 @contextlib.contextmanager
@@ -83,11 +87,7 @@ class _Content:
 
     def _fill_tensor(self, name: str, start: int, out: Bytes) -> None:
         self.weights.read(name, start, out)
-        info = self.weights.tensors[name]
-        bad = first_not_finite(out, info.dtype)
-        if bad is not None:
-            place = [int(i) for i in np.unravel_index(start + bad, info.shape)]
-            raise ConvertError(f"{self.weights.where}: {name!r} holds NaN or infinity at {place}; nothing was written")
+        check_finite(self.weights, name, start, out)
 
 
 def write_files(
@@ -105,13 +105,14 @@ def write_files(
         files: what.
         weights: where the tensors come from.
         workers: threads; each holds one chunk.
-        progress: told after each chunk.
+        progress: told after each chunk, in bytes of all files.
         note: sees (file's name, number of the chunk, its bytes), from any thread.
 
     Raises:
         ConvertError: a tensor cannot be read or is not finite.
         OSError: the disk refused.
     """
+    total = sum(file.size for file in files)
     with ThreadPoolExecutor(workers) as pool:
         for file in files:
             content = _Content(file, weights)
@@ -126,13 +127,16 @@ def write_files(
                     _write_all(fd, data, begin)
                     return len(data)
 
-                _run(pool, write, range(-(-file.size // CHUNK_BYTES)), 2 * workers, progress)
+                chunk_numbers = range(-(-file.size // CHUNK_BYTES))
+                _run(pool, write, chunk_numbers, 2 * workers, lambda size: progress(size, total))
                 os.fsync(fd)
             finally:
                 os.close(fd)
 
 
-def _run(pool: ThreadPoolExecutor, work: Callable[[int], int], numbers: range, ahead: int, progress: Progress) -> None:
+def _run(
+    pool: ThreadPoolExecutor, work: Callable[[int], int], numbers: range, ahead: int, done: Callable[[int], None]
+) -> None:
     """Call ``work`` on every number, at most ``ahead`` of them handed out at a time; the first error stops it."""
     running: set[Future[int]] = set()
     rest = iter(numbers)
@@ -142,9 +146,9 @@ def _run(pool: ThreadPoolExecutor, work: Callable[[int], int], numbers: range, a
                 running.add(pool.submit(work, number))
             if not running:
                 return
-            done, running = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                progress(future.result())
+            finished, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in finished:
+                done(future.result())
     except BaseException:
         for future in running:
             future.cancel()

@@ -27,14 +27,15 @@ STATE = ("optimizer.", "balancing.", "rng.")
 
 
 class StepWeights:
-    """The weights of a step."""
+    """The weights of a step, or all of its tensors."""
 
-    def __init__(self, path: Path, iteration: int | None = None) -> None:
+    def __init__(self, path: Path, iteration: int | None = None, with_state: bool = False) -> None:
         """Open a step.
 
         Args:
             path: a run folder, its checkpoint folder, or a step.
             iteration: which step; None is the newest.
+            with_state: optimizer, balancing and random state too.
 
         Raises:
             CheckpointError: there is none, or it is damaged.
@@ -43,7 +44,8 @@ class StepWeights:
         self.folder = step_folders(root)[iteration]
         self.where = str(self.folder)
         self.manifest = check_step(self.folder)
-        self.tensors = {k: info for k, info in self.manifest.tensors.items() if not k.startswith(STATE)}
+        stored = self.manifest.tensors.items()
+        self.tensors = {key: info for key, info in stored if with_state or not key.startswith(STATE)}
         self._reader = StepReader(self.folder, self.manifest, self.tensors)
 
     @property
@@ -71,16 +73,17 @@ def write_step(
     workers: int,
     max_file_bytes: int,
     progress: Progress,
+    iteration: int = 0,
 ) -> Path:
-    """Write iteration 0 into the empty folder ``root``, as one rank per file would have; return the step's folder."""
-    folder = step_dir(root, 0)
+    """Write a step into the empty folder ``root``, as one rank per file would have; return the step's folder."""
+    folder = step_dir(root, iteration)
     folder.mkdir()
     save_id = f"{secrets.token_hex(4)}-1"
     plans = [plan_file(parts, rank) for rank, parts in enumerate(_ranks(weights, max_file_bytes))]
     files = [
         PlannedFile(
             f"rank_{rank:05d}.safetensors",
-            plan.header(0, save_id),
+            plan.header(iteration, save_id),
             [(piece.key, piece.region.start, piece.begin) for piece in plan.pieces],
             plan.size,
         )
@@ -93,7 +96,7 @@ def write_step(
 
     write_files(folder, files, weights, workers, progress, note)
     manifest = Manifest(
-        iteration=0,
+        iteration=iteration,
         save_id=save_id,
         created=time.time(),
         tensors=dict(weights.tensors),
@@ -109,7 +112,7 @@ def write_step(
     storage = load_storage(POSIX)
     storage.write_small(folder / "manifest.json", manifest_bytes(manifest))
     storage.sync_folder(folder)
-    storage.write_small(root / LATEST, b"0\n")
+    storage.write_small(root / LATEST, f"{iteration}\n".encode())
     return folder
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,9 @@ from megatron_zaya.convert import hf
 from megatron_zaya.convert.commands import open_step
 from megatron_zaya.convert.errors import ConvertError
 from megatron_zaya.convert.folders import KINDS, kind_of
-from megatron_zaya.convert.output import Progress
+from megatron_zaya.convert.output import Progress, silent
 from megatron_zaya.convert.safetensors_files import SafetensorsFolder, read_json
-from megatron_zaya.convert.weights import Weights, to_ours, widen
+from megatron_zaya.convert.weights import Weights, size_of, to_ours, widen
 
 BLOCK_ELEMENTS = 1 << 21
 FLOATS = {"BF16", "F16", "F32"}
@@ -112,7 +113,7 @@ def verify(
     tolerance: float = 0.0,
     any_dtype: bool = False,
     logits: bool = True,
-    progress: Progress = lambda size: None,
+    progress: Progress = silent,
 ) -> Report:
     """Compare two sets of weights, in any of the layouts.
 
@@ -122,7 +123,7 @@ def verify(
         tolerance: largest |a - b| of a tensor, relative to its largest |a|; 0 asks for equal bits.
         any_dtype: compare values of different floating-point types.
         logits: compare what both models answer to random tokens, if all tensors fit and transformers is installed.
-        progress: told of bytes compared.
+        progress: told of bytes compared, of both sides.
     """
     first, second = open_side(a), open_side(b)
     report = Report(str(a), str(b), tolerance)
@@ -133,13 +134,14 @@ def verify(
         raise ConvertError(f"{a} and {b}: neither says in terms of this program which model it is")
     else:
         left, right = first.ours(model), second.ours(model)
-    fits = _compare_all(left, right, report, any_dtype, progress)
+    total = size_of(left.tensors) + size_of(right.tensors)
+    fits = _compare_all(left, right, report, any_dtype, lambda size: progress(size, total))
     if logits and fits and model is not None:
         _compare_logits(first, second, model, report)
     return report
 
 
-def _compare_all(left: Weights, right: Weights, report: Report, any_dtype: bool, progress: Progress) -> bool:
+def _compare_all(left: Weights, right: Weights, report: Report, any_dtype: bool, done: Callable[[int], None]) -> bool:
     """Compare every tensor; return whether names and shapes are equal."""
     fits = True
     for name in sorted(set(left.tensors) ^ set(right.tensors)):
@@ -158,14 +160,14 @@ def _compare_all(left: Weights, right: Weights, report: Report, any_dtype: bool,
             report.differences.append(Difference(name, f"type {one.dtype} and {other.dtype}"))
             continue
         report.tensors += 1
-        what = _compare(left, right, name, report.tolerance, progress)
+        what = _compare(left, right, name, report.tolerance, done)
         report.elements += math.prod(one.shape)
         if what:
             report.differences.append(Difference(name, what))
     return fits
 
 
-def _compare(left: Weights, right: Weights, name: str, tolerance: float, progress: Progress) -> str | None:
+def _compare(left: Weights, right: Weights, name: str, tolerance: float, done: Callable[[int], None]) -> str | None:
     """Return how two tensors of equal shape differ, or None."""
     infos = left.tensors[name], right.tensors[name]
     numel = math.prod(infos[0].shape)
@@ -176,7 +178,7 @@ def _compare(left: Weights, right: Weights, name: str, tolerance: float, progres
         blocks = [np.empty(count * info.item_bytes, dtype=np.uint8) for info in infos]
         left.read(name, start, blocks[0])
         right.read(name, start, blocks[1])
-        progress(sum(map(len, blocks)))
+        done(sum(map(len, blocks)))
         if bitwise and tolerance == 0.0 and np.array_equal(blocks[0], blocks[1]):
             continue
         x, y = (_values(block, info) for block, info in zip(blocks, infos, strict=True))

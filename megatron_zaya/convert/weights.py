@@ -5,6 +5,7 @@ Nothing holds a whole tensor: a reader asks for a run of elements, and every vie
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
@@ -21,6 +22,11 @@ from megatron_zaya.convert.table import Layout, Pair, Tensor
 Bytes = NDArray[np.uint8]
 WIDENS = {("BF16", "F32"), ("F16", "F32")}
 """Changes of type that keep every value."""
+
+
+def size_of(tensors: dict[str, TensorInfo]) -> int:
+    """Return the bytes of tensors."""
+    return sum(math.prod(info.shape) * info.item_bytes for info in tensors.values())
 
 
 class Weights(Protocol):
@@ -67,7 +73,7 @@ class Renamed:
         self._source = source
         self._made_of: dict[str, list[_Run]] = {}
         moves = [(p.theirs, p.ours) if to_ours else (p.ours, p.theirs) for p in pairs]
-        _check(source, [tensor for sources, _ in moves for tensor in sources])
+        check_tensors(source, [tensor for sources, _ in moves for tensor in sources])
         for sources, targets in moves:
             dtypes = {source.tensors[tensor.name].dtype for tensor in sources}
             if len(dtypes) > 1:
@@ -90,8 +96,12 @@ class Renamed:
                 self._source.read(run.source, run.source_start + low - run.start, part)
 
 
-def _check(source: Weights, wanted: list[Tensor]) -> None:
-    """Check that the source holds exactly the wanted tensors."""
+def check_tensors(source: Weights, wanted: list[Tensor]) -> None:
+    """Check that the source holds exactly the wanted tensors.
+
+    Raises:
+        ConvertError: a tensor is missing, left over or of another shape.
+    """
     names = {tensor.name for tensor in wanted}
     missing = [tensor.name for tensor in wanted if tensor.name not in source.tensors]
     extra = sorted(set(source.tensors) - names)
@@ -111,6 +121,19 @@ def _check(source: Weights, wanted: list[Tensor]) -> None:
 def some(names: list[str]) -> str:
     """Return the first names and how many more there are."""
     return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+class Named:
+    """Some tensors under other names, otherwise as they are."""
+
+    def __init__(self, source: Weights, names: dict[str, str]) -> None:
+        """Make a view; ``names`` are the source's by new name."""
+        self.where, self._source, self._names = source.where, source, names
+        self.tensors = {new: source.tensors[old] for new, old in names.items()}
+
+    def read(self, name: str, start: int, out: Bytes) -> None:
+        """Fill ``out`` from the tensor of the other name."""
+        self._source.read(self._names[name], start, out)
 
 
 class Retyped:
@@ -184,6 +207,19 @@ def first_not_finite(raw: Bytes, dtype: str) -> int | None:
         if len(part) and part.max() == exponent:
             return begin + int(part.argmax())
     return None
+
+
+def check_finite(weights: Weights, name: str, start: int, raw: Bytes) -> None:
+    """Check elements of a tensor, from element ``start`` on.
+
+    Raises:
+        ConvertError: one is NaN or infinite; says which.
+    """
+    info = weights.tensors[name]
+    bad = first_not_finite(raw, info.dtype)
+    if bad is not None:
+        place = [int(i) for i in np.unravel_index(start + bad, info.shape)]
+        raise ConvertError(f"{weights.where}: {name!r} holds NaN or infinity at {place}; nothing was written")
 
 
 def to_ours(source: Weights, layout: Layout, model: ModelConfig) -> Renamed:

@@ -32,6 +32,7 @@ GIB = 1 << 30
 
 def step_line(event: StepDone) -> str:
     """Return the one line of a step, in Megatron's field order and names."""
+    replay = "" if event.router_divergence is None else f" router divergence: {event.router_divergence:.4f} |"
     return (
         f" iteration {event.iteration:8d}/{event.train_iters:8d} |"
         f" consumed samples: {event.consumed_samples:12d} |"
@@ -42,7 +43,7 @@ def step_line(event: StepDone) -> str:
         f" lm loss: {event.loss:.6E} |"
         f" grad norm: {event.grad_norm:.3f} |"
         f" skip rate: {event.skip_rate:.3f} |"
-        f" max expert load: {event.max_expert_load:.2f} |"
+        f" max expert load: {event.max_expert_load:.2f} |{replay}"
     )
 
 

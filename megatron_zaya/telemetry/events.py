@@ -110,6 +110,10 @@ class StepDone:
     """Model TFLOP/s per accelerator."""
     mfu: float | None = None
     """`tflops` over the accelerator's peak."""
+    router_divergence: float | None = None
+    """Under router replay: share of (token, layer) pairs whose own choice would have been another."""
+    max_router_divergence: float | None = None
+    """That of the layer where it is largest."""
 
 
 @dataclass(frozen=True)

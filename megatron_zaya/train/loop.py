@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from megatron_zaya.telemetry.events import RunEnded
 from megatron_zaya.train.callbacks.base import Callback
 from megatron_zaya.train.report import Reporter
+from megatron_zaya.train.router_files import step_routing
 from megatron_zaya.train.state import TrainingJob
 from megatron_zaya.train.step import train_step
 
@@ -27,7 +28,9 @@ def train(job: TrainingJob, callbacks: Sequence[Callback]) -> str:
         learning_rate = job.optimizer.param_groups[0]["lr"]
         every = job.config.telemetry.grad_norm_groups_interval
         job.optimizer.norm_groups_wanted = bool(every) and (job.state.iteration + 1) % every == 0
-        result = train_step(job)
+        with step_routing(job) as routing:
+            result = train_step(job)
+        result.router_divergence = routing.divergence
         for event in reporter.step(result, learning_rate, time.perf_counter() - start):
             job.events.emit(event)
         if result.world.stop_signal:

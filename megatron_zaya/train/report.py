@@ -90,6 +90,7 @@ class Reporter:
         job, load = self.job, result.load
         schedule, seq_length = job.config.schedule, job.config.data.seq_length
         tokens_per_s = result.global_batch_size * seq_length / step_time_s
+        divergence, max_divergence = result.router_divergence or (None, None)
         tflops = tokens_per_s * self.flops_per_token / self.world_size / 1e12
         return StepDone(
             iteration=job.state.iteration,
@@ -110,6 +111,8 @@ class Reporter:
             dead_experts=sum(load.dead_experts),
             tflops=tflops,
             mfu=tflops / job.peak_tflops if job.peak_tflops else None,
+            router_divergence=divergence,
+            max_router_divergence=max_divergence,
         )
 
     def _health(self, result: StepResult) -> Iterator[Event]:

@@ -6,16 +6,15 @@
 
 Choices are int64 [micro-batch, layer, sample, token] of this data-parallel rank, whole sequences and all layers, so any
 layout can record and any other replay; the number of experts means skip. A router asks once per forward pass, inside
-what recompute records, so a second run of a layer neither records nor consumes anything.
+what recompute records, so a second run of a layer neither records nor consumes anything. router_files.py does it for
+whole runs, from and to files.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -61,13 +60,14 @@ class Replay:
             TrainingError: shape or range do not fit the job.
         """
         _check(job, choices_MLBS)
+        self._job = job
         groups = job.pg_collection
         local = split_zigzag(choices_MLBS, 3, groups.cp.rank(), groups.cp.size())
         if job.config.parallel.sequence_parallel:
             local = local.chunk(groups.tp.size(), dim=3)[groups.tp.rank()]
         self._choices_LMSB = local.permute(1, 0, 3, 2).to(job.device, torch.int64)
         self._position = dict.fromkeys(job.balancer.layers, 0)
-        self._other = {layer: torch.zeros((), device=job.device) for layer in job.balancer.layers}
+        self._other = {layer: torch.zeros((), dtype=torch.float64, device=job.device) for layer in job.balancer.layers}
         self._tokens = dict.fromkeys(job.balancer.layers, 0)
 
     def chosen(self, layer: int, class_T: Tensor) -> Tensor:
@@ -92,6 +92,20 @@ class Replay:
     def divergence(self) -> dict[int, float]:
         """Return, for the layers of this rank, the share of its tokens that would have chosen otherwise."""
         return {layer: float(other) / max(self._tokens[layer], 1) for layer, other in self._other.items()}
+
+    def overall_divergence(self) -> tuple[float, float]:
+        """Return that share over the tokens of all ranks: of all layers, and of the layer with the most. Collective."""
+        groups = self._job.pg_collection
+        tokens = [float(count) for count in self._tokens.values()]
+        other_L = torch.stack(list(self._other.values()))
+        counts_2L = torch.stack([other_L, other_L.new_tensor(tokens)])
+        dist.all_reduce(counts_2L, group=groups.dp_cp)
+        if self._job.config.parallel.sequence_parallel:
+            dist.all_reduce(counts_2L, group=groups.tp)
+        sums, most = counts_2L.sum(dim=1), (counts_2L[0] / counts_2L[1]).max()
+        dist.all_reduce(sums, group=groups.pp)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=groups.pp)
+        return float(sums[0] / sums[1]), float(most)
 
 
 def _everyones(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
@@ -148,27 +162,3 @@ def replaying(job: TrainingJob, choices_MLBS: Tensor) -> Iterator[Replay]:
     replay = Replay(job, choices_MLBS)
     with _attached(job, replay):
         yield replay
-
-
-def read_choices(path: Path, job: TrainingJob) -> Tensor:
-    """Return this rank's choices from a .npy file of integers [sample, layer, token]: the samples of a global batch in
-    the order of the data, as an inference engine would log them.
-
-    Raises:
-        TrainingError: the file cannot be read, or holds another number of samples, layers or tokens.
-    """
-    try:
-        samples = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise TrainingError(f"{path}: cannot be read as a .npy file of choices: {error}") from None
-    config, dp = job.config, job.pg_collection.dp
-    size = config.schedule.micro_batch_size
-    wanted = (job.num_microbatches * size * dp.size(), config.model.num_layers, config.data.seq_length)
-    if samples.shape != wanted or samples.dtype.kind not in "iu":
-        raise TrainingError(
-            f"{path}: holds {samples.dtype} {list(samples.shape)}; the step needs integers {list(wanted)}: samples, "
-            "layers, tokens"
-        )
-    first = [(number * dp.size() + dp.rank()) * size for number in range(job.num_microbatches)]
-    mine = np.stack([samples[begin : begin + size] for begin in first]).astype(np.int64)
-    return torch.from_numpy(mine).transpose(1, 2).contiguous()

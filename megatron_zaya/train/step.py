@@ -33,6 +33,8 @@ class StepResult:
     load: LoadReport
     world: WorldReport
     skipped: bool = False
+    router_divergence: tuple[float, float] | None = None
+    """Under router replay: the share of tokens that would have chosen otherwise, of all layers and of the worst."""
 
 
 def _token_loss(loss_mask_BS: Tensor, loss_BS: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

@@ -10,7 +10,7 @@ import numpy as np
 from ckpt.manifest import TensorInfo
 from megatron_zaya.config import RunConfig
 from megatron_zaya.convert.folders import KINDS
-from megatron_zaya.convert.output import new_folder, write_files
+from megatron_zaya.convert.output import new_folder, silent, write_files
 from megatron_zaya.convert.safetensors_files import INDEX, index_json, plan_files
 from megatron_zaya.convert.weights import Bytes, narrow
 
@@ -55,7 +55,7 @@ def write_model(
     total = sum(int(np.prod(info.shape)) * info.item_bytes for info in weights.tensors.values())
     planned = plan_files(weights, total if files == 1 else total // files)
     with new_folder(folder) as made:
-        write_files(made, planned, weights, 1, lambda size: None)
+        write_files(made, planned, weights, 1, silent)
         if len(planned) > 1:
             (made / INDEX).write_text(json.dumps(index_json(weights, planned)))
         values = KINDS[layout].config_json(config.model, dtype) | {"eos_token_id": 7, "bos_token_id": 5}

@@ -108,6 +108,23 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(tmp_path, damage, messa
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 6, "kv_channels": 99}, "num_hidden_layers: 6 there, 4 by the run file; kv_channels: 99"),
+        ({"swa_layers": [0, 0, 3, 3]}, "swa_layers: .* there, no sliding layer by the run file"),
+        ({"model_type": "llama"}, "model_type is 'llama', not 'zaya'"),
+    ],
+)
+def test_an_original_configuration_of_another_model_is_refused(tmp_path, changes, message):
+    source = write_model(tmp_path / "source", CONFIG, "original")
+    values = json.loads((source / "config.json").read_text()) | changes
+    (source / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ConvertError, match=message):
+        from_hf(source, CONFIG, tmp_path / "out", Options())
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
 def test_a_tensor_too_many_is_named(tmp_path):
     source = write_model(tmp_path / "source", run_config(num_layers=2, share_embeddings_and_output_weights=False))
     values = json.loads((source / "config.json").read_text()) | {"tie_word_embeddings": True}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,13 @@ from typer.testing import CliRunner
 
 from launch.cli import app
 from megatron_zaya.config import RunConfig
-from megatron_zaya.convert.commands import Options, from_hf, size_of, to_hf
+from megatron_zaya.convert.commands import Options, from_hf, to_hf
 from megatron_zaya.convert.hf import HF
 from megatron_zaya.convert.original import ORIGINAL
-from megatron_zaya.convert.safetensors_files import SafetensorsFolder
+from megatron_zaya.convert.output import _Content
+from megatron_zaya.convert.safetensors_files import SafetensorsFolder, index_json, plan_files
 from megatron_zaya.convert.verify import verify
-from megatron_zaya.convert.weights import to_ours, to_theirs
+from megatron_zaya.convert.weights import size_of, to_ours, to_theirs
 from tests.convert.drawn import drawn, write_model
 from tests.model.small import run_config
 
@@ -141,3 +143,29 @@ def test_released_shapes_there_and_back_without_the_model_in_memory():
             theirs.read(name, start, blocks[0])
             back.read(name, start, blocks[1])
             assert np.array_equal(*blocks), (name, start)
+
+
+def test_released_shapes_lie_in_the_planned_files_where_the_headers_say():
+    """The files of an export of the released model, read at random places: nothing of their 17.7 GB is written."""
+    model = RunConfig().model
+    hf = to_theirs(to_ours(drawn(RunConfig(), "original", "BF16"), ORIGINAL, model), HF, model)
+    files = plan_files(hf, 4 << 30)
+    index = index_json(hf, files)["weight_map"]
+    assert len(files) == 5 and set(index) == set(hf.tensors)
+    random = np.random.default_rng(2)
+    for file in files:
+        (length,) = struct.unpack("<Q", file.header[:8])
+        header = json.loads(file.header[8 : 8 + length])
+        names = [name for name in header if name != "__metadata__"]
+        assert sorted(names) == sorted(name for name in index if index[name] == file.name)
+        assert file.size == 8 + length + max(header[name]["data_offsets"][1] for name in names) <= 4 << 30
+        content = _Content(file, hf)
+        for name in random.choice(names, 40):
+            first, last = header[name]["data_offsets"]
+            assert header[name]["shape"] == list(hf.tensors[name].shape)
+            size = min(last - first, 4096)
+            for begin in (first, last - size):
+                there, expected = (np.empty(size, dtype=np.uint8) for _ in range(2))
+                content.fill(8 + length + begin, there)
+                hf.read(name, (begin - first) // 2, expected)
+                assert np.array_equal(there, expected), name

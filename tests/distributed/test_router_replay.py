@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_zaya.config import load_config
+from megatron_zaya.config import ConfigError, load_config
+from megatron_zaya.preconditions import check_run
 from megatron_zaya.train.errors import TrainingError
 from tests.distributed.layouts import CP2, EP2, PP2, RECOMPUTE_FULL, TP2
 from tests.ranks import run_ranks
@@ -75,10 +76,84 @@ def replay_in_turn(path: Path, layouts: dict[str, dict]) -> dict[str, dict]:
     return results
 
 
+def train_in_turn(path: Path, runs: dict[str, list[str]]) -> dict[str, list[dict]]:
+    """Run on each rank: train two steps with every list of overrides; return the step events."""
+    from launch.env import read_rank_env
+    from megatron_zaya.parallel.groups import release_process_groups
+    from megatron_zaya.telemetry.jsonl import steps_by_iteration
+    from megatron_zaya.train.loop import train
+    from megatron_zaya.train.setup import build_job, distributed_world
+
+    env, steps = read_rank_env(), {}
+    with distributed_world(load_config(path), env) as device:
+        for name, overrides in runs.items():
+            short = ["schedule.train_iters=2", "schedule.lr_decay_iters=2", "data.num_workers=0", f"run.name={name}"]
+            config = load_config(path, [*MODEL, *short, *overrides])
+            job = build_job(config, env, device)
+            train(job, [])
+            job.events.close()
+            release_process_groups()
+            if env.rank == 0:
+                steps[name] = list(steps_by_iteration(config.run_dir / "metrics.jsonl").values())
+    return steps
+
+
+def recorded_on_two_ranks(path: Path, runs: dict[str, list[str]]) -> tuple[dict, dict]:
+    """Run on each rank: both kinds of tasks, in processes that are started once."""
+    return replay_in_turn(path, LAYOUTS), train_in_turn(path, runs)
+
+
+def recorded_on_one_rank(path: Path, runs: dict[str, list[str]]) -> tuple[dict, dict]:
+    return replay_in_turn(path, {"one": {}}), train_in_turn(path, runs)
+
+
 @pytest.fixture(scope="module")
-def replayed(tmp_path_factory, text_prefix):  # noqa: F811
-    path = run_file.__wrapped__(tmp_path_factory.mktemp("replay"), text_prefix)
-    return run_ranks(replay_in_turn, 2, path, LAYOUTS), run_ranks(replay_in_turn, 1, path, {"one": {}})[0]["one"]
+def sessions(tmp_path_factory, text_prefix):  # noqa: F811
+    """What one rank and two ranks returned, and the folder of their files."""
+    folder = tmp_path_factory.mktemp("replay")
+    path = run_file.__wrapped__(folder, text_prefix)
+    one = run_ranks(recorded_on_one_rank, 1, path, {"one_records": [f"run.router_replay.record={folder / 'one'}"]})[0]
+    (folder / "shifted").mkdir()
+    for file in (folder / "one").iterdir():
+        np.save(folder / "shifted" / file.name, (np.load(file) + 1) % 5)
+    runs = {}
+    for name, parallel in LAYOUTS.items():
+        layout = [f"parallel.{key}={value}" for key, value in parallel.items()]
+        runs[f"{name}_records"] = [*layout, f"run.router_replay.record={folder / name}"]
+        runs[f"{name}_replays"] = [*layout, f"run.router_replay.replay={folder / name}"]
+        runs[f"{name}_shifted"] = [*layout, f"run.router_replay.replay={folder / 'shifted'}"]
+    return run_ranks(recorded_on_two_ranks, 2, path, runs), one, folder
+
+
+@pytest.fixture
+def replayed(sessions):
+    """The single steps: of two ranks, and of one."""
+    two, one, _ = sessions
+    return [rank[0] for rank in two], one[0]["one"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_run_that_is_forced_to_its_own_choices_is_the_same_run(sessions, layout):
+    (_, steps), *_ = sessions[0]
+    records, replays, shifted = (steps[f"{layout}_{what}"] for what in ("records", "replays", "shifted"))
+    for key in ("loss", "grad_norm", "skip_rate", "max_expert_load"):
+        assert [step[key] for step in replays] == [step[key] for step in records]
+    assert all(step["router_divergence"] == step["max_router_divergence"] == 0.0 for step in replays)
+    assert all(step["router_divergence"] is None for step in records)
+    assert all(0.5 < step["router_divergence"] <= step["max_router_divergence"] <= 1.0 for step in shifted)
+    assert shifted[0]["loss"] != records[0]["loss"] and np.isfinite([step["grad_norm"] for step in shifted]).all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_writes_and_obeys_the_file_that_one_rank_writes(sessions, layout):
+    two, (_, alone), folder = sessions
+    for number in (1, 2):
+        ours, theirs = (np.load(folder / name / f"step_{number:07d}.npy") for name in (layout, "one"))
+        assert ours.shape == theirs.shape == (8, 2, 32) and ours.dtype.kind == "i"
+        assert (ours == theirs).mean() > 0.99 and ours.max() == 4
+    shifted = two[0][1][f"{layout}_shifted"]
+    assert shifted[0]["loss"] == pytest.approx(two[0][1]["ep2_shifted"][0]["loss"], rel=1e-5)
+    assert alone["one_records"][0]["loss"] == pytest.approx(two[0][1][f"{layout}_records"][0]["loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -106,7 +181,9 @@ def test_every_layout_records_what_one_rank_records(replayed, layout):
 def mistakes(path: Path, folder: Path) -> list[str]:
     """Run on one rank: what wrong choices are answered with."""
     from launch.env import read_rank_env
-    from megatron_zaya.train.router_replay import Replay, read_choices
+    from megatron_zaya.train.loop import train
+    from megatron_zaya.train.router_files import read_choices
+    from megatron_zaya.train.router_replay import Replay
     from megatron_zaya.train.setup import build_job, distributed_world
 
     messages = []
@@ -116,7 +193,10 @@ def mistakes(path: Path, folder: Path) -> list[str]:
         np.save(folder / "good.npy", np.zeros((8, 2, 32), dtype=np.int16))
         assert torch.equal(read_choices(folder / "good.npy", job), good)
         np.save(folder / "short.npy", np.zeros((8, 2, 31), dtype=np.int16))
+        np.save(folder / "step_0000001.npy", np.full((8, 2, 32), 5, dtype=np.int16))
+        job.config.run.router_replay.replay = str(folder)
         for attempt in (
+            lambda: train(job, []),
             lambda: Replay(job, good[:3]),
             lambda: Replay(job, good + 5),
             lambda: Replay(job, good.float()),
@@ -131,9 +211,18 @@ def mistakes(path: Path, folder: Path) -> list[str]:
 
 
 def test_choices_that_do_not_fit_are_refused(run_file, tmp_path):
-    shape, span, kind, file, absent = run_ranks(mistakes, 1, run_file, tmp_path)[0]
+    trained, shape, span, kind, file, absent = run_ranks(mistakes, 1, run_file, tmp_path)[0]
+    assert "from 5 to 5; experts are 0 to 3, and 4 skips" in trained
     assert "shape [3, 2, 2, 32]; this rank's step needs [4, 2, 2, 32]" in shape
     assert "from 5 to 5; experts are 0 to 3, and 4 skips" in span
     assert "must be integers" in kind
     assert "short.npy: holds int16 [8, 2, 31]; the step needs integers [8, 2, 32]" in file
     assert "none.npy: cannot be read" in absent
+
+
+def test_a_run_file_cannot_ask_for_both_nor_for_what_is_not_there(run_file, tmp_path):
+    with pytest.raises(ConfigError, match="record and replay exclude each other"):
+        load_config(run_file, ["run.router_replay.record=a", "run.router_replay.replay=b"])
+    config = load_config(run_file, [f"run.router_replay.replay={tmp_path / 'none'}"])
+    with pytest.raises(ConfigError, match=r"run\.router_replay\.replay='.*none': no such folder"):
+        check_run(config, 1)
