@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from ckpt.errors import CheckpointError
-from launch import ckpt_cli, convert_cli, job_cli, report_cli, telemetry_cli
+from launch import ckpt_cli, convert_cli, job_cli, profile_cli, report_cli, telemetry_cli
 from launch.errors import LaunchError
 from launch.plan_cli import app as plan_app
 from megatron_zaya.config import ConfigError, dump_config, json_schema, load_config
@@ -33,6 +33,7 @@ app.command()(job_cli.submit)
 app.command()(job_cli.preflight)
 app.command()(report_cli.report)
 app.command()(report_cli.top)
+app.command()(profile_cli.profile)
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
 app.add_typer(convert_cli.app, name="convert")

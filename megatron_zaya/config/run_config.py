@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from megatron_zaya.config.phases import phase_configs
+from megatron_zaya.config.profile import ProfileConfig
 from megatron_zaya.config.sections import (
     CheckpointConfig,
     DataConfig,
@@ -32,6 +33,7 @@ class RunConfig(Section):
     data: DataConfig = Field(default_factory=DataConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     telemetry: TelemetryConfig = Field(default_factory=TelemetryConfig)
+    profile: ProfileConfig = Field(default_factory=ProfileConfig)
     phases: list[PhaseConfig] = Field(default_factory=list)
     """Parts of the run, one after the other; empty: the run is one part (see config/phases.py)."""
 

@@ -1,9 +1,6 @@
-"""The console: plain greppable lines close to Megatron's in batch logs, a live progress view on a terminal."""
+"""Events as plain greppable lines, close to Megatron's: what batch logs get (live.py is for terminals)."""
 
 from __future__ import annotations
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_zaya.telemetry.events import (
     Communication,
@@ -15,6 +12,7 @@ from megatron_zaya.telemetry.events import (
     MemoryUsed,
     MoeHealth,
     PhaseStarted,
+    Profiled,
     Restarted,
     RunEnded,
     RunStarted,
@@ -48,8 +46,9 @@ def step_line(event: StepDone) -> str:
 
 
 def plain_line(event: Event) -> str:
-    """Return the line of any event."""
-    return health_line(event) if isinstance(event, PERIODIC) else news_line(event)
+    """Return the line of any event: no control characters, whatever an error message brings along."""
+    line = health_line(event) if isinstance(event, PERIODIC) else news_line(event)
+    return "".join(character if character.isprintable() else " " for character in line)
 
 
 def health_line(event: Event) -> str:
@@ -109,6 +108,12 @@ def news_line(event: Event) -> str:
                 f" restart: attempt {event.attempt} goes on from iteration {event.iteration}; "
                 f"earlier attempts ended by: {', '.join(event.causes)}"
             )
+        case Profiled():
+            return (
+                f" profile of iterations {event.first_iteration} to {event.iteration} in {event.path}: "
+                f"{event.step_time_s * 1e3:.1f} ms per step, exposed communication (ms): "
+                f"{event.exposed_communication_s * 1e3:.1f}"
+            )
         case SinkTrouble():
             return f" telemetry: {event.sink} {event.reason} ({event.missed} events missed)"
         case Evaluated():
@@ -161,41 +166,3 @@ class PlainConsole:
 
     def close(self) -> None:
         """Nothing to release."""
-
-
-class LiveConsole:
-    """A progress bar to the end of the run with loss, speed and time left; other events scroll above it."""
-
-    def __init__(self) -> None:
-        self.console = Console()
-        self.progress = Progress(
-            TextColumn("[bold]iteration"),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("loss {task.fields[loss]:.4f}"),
-            TextColumn("{task.fields[speed]:,.0f} tokens/s"),
-            TimeRemainingColumn(),
-            console=self.console,
-        )
-        self.task = None
-
-    def open(self) -> None:
-        """Nothing to prepare: the view begins with the run."""
-
-    def handle(self, event: Event, when: float) -> None:
-        """Update the bar, or print the event above it."""
-        if isinstance(event, StepDone):
-            self.progress.update(self.task, completed=event.iteration, loss=event.loss, speed=event.tokens_per_s)
-            return
-        if isinstance(event, PERIODIC):
-            return
-        self.progress.console.print(plain_line(event), highlight=False)
-        if isinstance(event, RunStarted):
-            self.task = self.progress.add_task(
-                "train", total=event.train_iters, completed=event.iteration, loss=float("nan"), speed=0.0
-            )
-            self.progress.start()
-
-    def close(self) -> None:
-        """Restore the terminal."""
-        self.progress.stop()

@@ -231,6 +231,21 @@ class RunEnded:
 
 
 @dataclass(frozen=True)
+class Profiled:
+    """The first rank has written its profile of some steps; other ranks write theirs beside it."""
+
+    iteration: int
+    """The last one in it."""
+    first_iteration: int
+    path: str
+    """Folder of traces and summaries."""
+    step_time_s: float
+    """Mean, the profiler's cost included."""
+    exposed_communication_s: float
+    """Per step: communication during which this rank computed nothing."""
+
+
+@dataclass(frozen=True)
 class SinkTrouble:
     """A consumer of events failed and is left out, or was too slow and missed some."""
 
@@ -255,6 +270,7 @@ Event = (
     | Evaluated
     | Saved
     | SaveFailed
+    | Profiled
     | SinkTrouble
     | RunEnded
 )

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_zaya.config import RunConfig
-from megatron_zaya.telemetry.console import LiveConsole, PlainConsole
+from megatron_zaya.telemetry.console import PlainConsole
 from megatron_zaya.telemetry.curve import LossCurveSink
 from megatron_zaya.telemetry.jsonl import JsonlSink
+from megatron_zaya.telemetry.live import LiveConsole
 from megatron_zaya.telemetry.prometheus import PrometheusSink, TextfileSink
 from megatron_zaya.telemetry.stream import Sink
 from megatron_zaya.telemetry.trackers import MlflowSink, TensorBoardSink, WandbSink

@@ -45,6 +45,7 @@ from megatron_zaya.train.callbacks.checkpoint import SaveCheckpoints
 from megatron_zaya.train.callbacks.drill import Drills
 from megatron_zaya.train.callbacks.evaluate import Evaluate
 from megatron_zaya.train.callbacks.heartbeat import Beat
+from megatron_zaya.train.callbacks.profile import Profile
 from megatron_zaya.train.callbacks.switches import SwitchFiles
 from megatron_zaya.train.checkpoint import load_job
 from megatron_zaya.train.state import TrainingJob, TrainState
@@ -197,6 +198,8 @@ def build_callbacks(config: RunConfig, env: RankContext) -> Sequence[Callback]:
     )
     callbacks.append(SaveCheckpoints(checkpointer, wanted.save_interval, wanted.save_at_end))
     callbacks.append(Drills(env.supervision.drill, env.rank, env.supervision.attempt))
+    if config.profile.profile_step_start is not None:
+        callbacks.append(Profile(config, env.rank))
     callbacks.append(Beat())
     return callbacks
 

@@ -249,3 +249,11 @@ def test_the_run_wrote_its_own_record_beside(watched):
     kinds = {record["event"] for record in read_events(folder / "watched/metrics.jsonl")}
     assert {"RunStarted", "StepDone", "MoeHealth", "MemoryUsed", "Communication", "Evaluated", "Saved"} <= kinds
     assert "SinkTrouble" not in kinds
+
+
+def test_the_batch_log_has_one_printable_line_for_each_step(watched):
+    text = (watched[0] / "run.log").read_text()
+    assert all(line.isprintable() for line in text.splitlines())
+    assert [line.split("/")[0] for line in text.splitlines() if line.startswith(" iteration ")][:2] == [
+        f" iteration {iteration:8d}" for iteration in (1, 2)
+    ]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import re
 import threading
 import time
 import typing
 
 import pytest
+from rich.console import Console
 
-from megatron_zaya.telemetry.console import LiveConsole, PlainConsole, plain_line, step_line
+from megatron_zaya.telemetry.console import PlainConsole, plain_line, step_line
 from megatron_zaya.telemetry.curve import LossCurveSink
 from megatron_zaya.telemetry.events import (
     Communication,
@@ -21,6 +23,7 @@ from megatron_zaya.telemetry.events import (
     MemoryUsed,
     MoeHealth,
     PhaseStarted,
+    Profiled,
     Restarted,
     RunEnded,
     RunStarted,
@@ -31,6 +34,7 @@ from megatron_zaya.telemetry.events import (
     StepSkipped,
 )
 from megatron_zaya.telemetry.jsonl import JsonlSink, read_events, steps_by_iteration
+from megatron_zaya.telemetry.live import LiveConsole
 from megatron_zaya.telemetry.stream import EventStream
 
 NOW = 1.75e9
@@ -66,15 +70,28 @@ def test_the_plain_console_keeps_to_its_interval(capsys):
     assert len(lines) == 5 + 4
 
 
-def test_the_live_console_shows_progress(capsys):
-    console = LiveConsole()
+@pytest.mark.parametrize("width", [80, 160])
+def test_the_live_console_fits_the_terminal(width):
+    out = io.StringIO()
+    console = LiveConsole(Console(file=out, force_terminal=True, width=width, height=24))
+    console.open()
     for event in EVENTS:
         console.handle(event, NOW)
+    page = Console(file=io.StringIO(), width=width)
+    page.print(console.view())
     console.close()
-    out = capsys.readouterr().out
-    assert "40/40" in out
-    assert "loss 3.0000" in out
-    assert "validation loss at iteration 40" in out
+    bar, learning, experts = page.file.getvalue().splitlines()
+    assert "40/40" in bar
+    assert "100%" in bar
+    assert "loss 3.0000" in learning
+    assert "1,024 tokens/s" in learning
+    assert experts.rstrip().endswith("checkpoint 40")
+    assert len(bar) == width
+    assert "validation loss at iteration 40" in out.getvalue()
+
+
+def test_a_message_of_many_lines_stays_one_line_without_control_characters():
+    assert plain_line(SaveFailed(3, "disk\nfull\x1b[31m!")).isprintable()
 
 
 ONE_OF_EACH = [
@@ -91,6 +108,7 @@ ONE_OF_EACH = [
     GradientNorms(54, {"router": 1.0, "experts": 0.5}),
     *EVENTS[-3:-1],
     SaveFailed(60, "disk full"),
+    Profiled(60, 58, "profile", 0.3, 0.01),
     SinkTrouble("JsonlSink", "failed and is left out: OSError: disk full", 3),
     RunEnded(60, "SIGTERM"),
 ]
