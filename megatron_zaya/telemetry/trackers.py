@@ -98,7 +98,7 @@ class WandbSink(Tracker):
 
     def close(self) -> None:
         """End the run."""
-        self.run.finish(quiet=True)
+        self.run.finish()
 
 
 class MlflowSink(Tracker):

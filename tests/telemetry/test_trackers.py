@@ -54,7 +54,7 @@ def test_wandb_writes_an_offline_run(tmp_path):
 
 def test_mlflow_keeps_curves_and_parameters(tmp_path):
     mlflow = pytest.importorskip("mlflow")
-    uri = (tmp_path / "runs").as_uri()
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
     feed(MlflowSink(uri, "zaya", "test", {"run": {"seed": 7}}))
     client = mlflow.MlflowClient(uri)
     (run,) = client.search_runs([client.get_experiment_by_name("zaya").experiment_id])
