@@ -123,7 +123,7 @@ def smooth(y: NDArray[np.float64], share: float = 0.03) -> NDArray[np.float64]:
 
 def legend(axes: Any) -> None:
     """Put the legend above the plot, at the right, where it covers nothing."""
-    entries = len(axes.get_legend_handles_labels()[0])
+    entries = len(axes.get_legend_handles_labels()[0])  # those without a name are not counted
     if entries:
         axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=min(entries, 8), borderaxespad=0.2)
 

@@ -5,8 +5,9 @@ Iterations are counted over the whole run: phases lie one after the other, with 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -38,31 +39,39 @@ def draw(run: Run) -> list[Chart]:
     return [canvas.styled(maker, run) for maker in makers]
 
 
-def _line(axes: Any, x: Any, y: Any, colour: str, label: str) -> None:
-    """Draw every value thinly and their moving average on top."""
-    x, y = binned(x, y)
-    if len(x) < 8:
-        axes.plot(x, y, "o-", color=colour, linewidth=1.6, markersize=4, label=label)
-        return
-    axes.plot(x, y, color=colour, linewidth=0.8, alpha=0.35)
-    axes.plot(x, smooth(y), color=colour, linewidth=1.8, label=label)
+def _line(axes: Any, x: Any, y: Any, colour: str, label: str, cuts: Sequence[float] = ()) -> None:
+    """Draw every value thinly and their moving average on top; anew after each of ``cuts`` on the axis of x."""
+    ends = [0, *np.searchsorted(x, cuts, side="right"), len(x)]
+    for low, high in pairwise(ends):
+        part_x, part_y = binned(x[low:high], y[low:high])
+        name = label if low == 0 else ""
+        if len(part_x) < 8:
+            axes.plot(part_x, part_y, "o-", color=colour, linewidth=1.6, markersize=4, label=name)
+        else:
+            axes.plot(part_x, part_y, color=colour, linewidth=0.8, alpha=0.35)
+            axes.plot(part_x, smooth(part_y), color=colour, linewidth=1.8, label=name)
 
 
-def _iterations(axes: Any, run: Run) -> None:
+def _cuts(run: Run) -> list[float]:
+    """Return where phases end, in iterations of the whole run."""
+    return [float(part.first_iteration) for part in run.parts[1:]]
+
+
+def _iterations(axes: Any, run: Run, names_above: bool = False) -> None:
     """Label the axis of iterations; mark phases and restarts."""
     axes.set_xlabel("iteration")
     canvas.big_numbers(axes.xaxis)
     if len(run.parts) > 1:
         steps = run.steps()["iteration"]
-        ends = [part.first_iteration for part in run.parts[1:]] + [steps[-1] if len(steps) else 0]
-        for number, (part, end) in enumerate(zip(run.parts, ends, strict=True)):
+        ends = [*_cuts(run), steps[-1] if len(steps) else 0.0]
+        for part, end in zip(run.parts, ends, strict=True):
             if end > part.first_iteration:
-                if number % 2:
-                    axes.axvspan(part.first_iteration, end, color=MUTED, alpha=0.07, linewidth=0)
+                if part.first_iteration:
+                    axes.axvline(part.first_iteration, color=MUTED, linewidth=0.8)
                 middle = (part.first_iteration + end) / 2
                 axes.text(
-                    middle, 0.98, part.name, transform=axes.get_xaxis_transform(), ha="center", va="top",
-                    fontsize=9, color=MUTED,
+                    middle, 1.01 if names_above else 0.98, part.name, transform=axes.get_xaxis_transform(),
+                    ha="center", va="bottom" if names_above else "top", fontsize=9, color=MUTED,
                 )  # fmt: skip
     for incident in run.supervised("incident"):
         if len(run.parts) == 1:  # the supervisor counts the iterations of a phase
@@ -74,11 +83,16 @@ def _latest(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [record for _, record in sorted({record["iteration"]: record for record in records}.items())]
 
 
-def draw_losses(axes: Any, iterations: Any, losses: Any, held_out: Mapping[int, float]) -> None:
-    """Draw training and held-out loss, nats per token."""
-    _line(axes, iterations, losses, BLUE, "training")
-    if held_out:
-        axes.plot(*zip(*sorted(held_out.items()), strict=True), "o-", color=RED, markersize=4.5, label="held-out")
+def draw_losses(
+    axes: Any, iterations: Any, losses: Any, held_out: Mapping[int, float], cuts: Sequence[float] = ()
+) -> None:
+    """Draw training and held-out loss, nats per token; phases end at ``cuts``."""
+    _line(axes, iterations, losses, BLUE, "training", cuts)
+    evaluated = sorted(held_out)
+    parts = np.split(evaluated, np.searchsorted(evaluated, cuts, side="right")) if evaluated else []
+    for part in parts:
+        label = "held-out" if part is parts[0] else ""
+        axes.plot(part, [held_out[number] for number in part], "o-", color=RED, markersize=4.5, label=label)
     axes.set_xlabel("iteration")
     axes.set_ylabel("nats per token")
     canvas.legend(axes)
@@ -93,7 +107,7 @@ def loss(run: Run) -> Chart:
     chart.figure = canvas.figure(height=3.8)
     axes = chart.figure.subplots()
     held_out = {record["iteration"]: record["loss"] for record in run.events("Evaluated")}
-    draw_losses(axes, steps["iteration"], steps["loss"], held_out)
+    draw_losses(axes, steps["iteration"], steps["loss"], held_out, _cuts(run))
     spikes = run.events("LossSpike")
     if spikes:
         axes.plot([s["iteration"] for s in spikes], [s["loss"] for s in spikes], "x", color=COLOURS[3], label="spike")
@@ -124,7 +138,7 @@ def gradients(run: Run) -> Chart:
         return chart
     chart.figure = canvas.figure(height=2.9)
     left, right = chart.figure.subplots(1, 2)
-    _line(left, steps["iteration"], steps["grad_norm"], BLUE, "")
+    _line(left, steps["iteration"], steps["grad_norm"], BLUE, "", _cuts(run))
     left.set_title("gradient norm, before clipping")
     right.plot(*binned(steps["iteration"], steps["learning_rate"]), color=GREEN, linewidth=1.8)
     right.set_title("learning rate")
@@ -147,10 +161,10 @@ def throughput(run: Run) -> Chart:
         return chart
     chart.figure = canvas.figure(height=2.9)
     left, right = chart.figure.subplots(1, 2)
-    _line(left, steps["iteration"], steps["tokens_per_s"], BLUE, "")
+    _line(left, steps["iteration"], steps["tokens_per_s"], BLUE, "", _cuts(run))
     left.set_title("tokens/s, all ranks")
     canvas.big_numbers(left.yaxis)
-    _line(right, steps["iteration"], steps["step_time_s"] * 1e3, COLOURS[3], "")
+    _line(right, steps["iteration"], steps["step_time_s"] * 1e3, COLOURS[3], "", _cuts(run))
     right.set_title("time of a step, ms")
     for axes in (left, right):
         _iterations(axes, run)
@@ -286,10 +300,11 @@ def experts(run: Run) -> Chart:
         axes.axhline(layer * width, color="white", linewidth=1.5)
     every = max(1, layers // 20)
     axes.set_yticks([(layer + 0.5) * width for layer in range(0, layers, every)], [*map(str, range(0, layers, every))])
+    axes.set_xlim(edges[0], edges[-1])
     axes.invert_yaxis()
     axes.grid(False)
     axes.set_ylabel(f"layer (each: {width} experts)")
-    _iterations(axes, run)
+    _iterations(axes, run, names_above=True)
     bar = chart.figure.colorbar(shown, ax=axes, pad=0.01, extend="max", ticks=[0, 0.5, 1, 2, 3])
     bar.set_label("load, multiples of an even share")
     dead = int((loads[:, -1] == 0).sum())
@@ -308,14 +323,14 @@ def balance(run: Run) -> Chart:
         return chart
     chart.figure = canvas.figure(height=2.9)
     left, middle, right = chart.figure.subplots(1, 3)
-    _line(left, steps["iteration"], steps["max_expert_load"], RED, "")
+    _line(left, steps["iteration"], steps["max_expert_load"], RED, "", _cuts(run))
     left.set_title("busiest expert, even shares")
     left.axhline(1.0, color=MUTED, linewidth=1)
-    _line(middle, steps["iteration"], steps["load_entropy"], BLUE, "mean of layers")
-    _line(middle, steps["iteration"], steps["min_load_entropy"], COLOURS[3], "least even layer")
+    _line(middle, steps["iteration"], steps["load_entropy"], BLUE, "mean of layers", _cuts(run))
+    _line(middle, steps["iteration"], steps["min_load_entropy"], COLOURS[3], "least even layer", _cuts(run))
     middle.set_title("entropy of the load, 1 is even")
     canvas.legend(middle)
-    _line(right, steps["iteration"], steps["skip_rate"], GREEN, "")
+    _line(right, steps["iteration"], steps["skip_rate"], GREEN, "", _cuts(run))
     right.set_title("share that skips")
     right.set_ylim(bottom=0)
     for axes in (left, middle, right):
