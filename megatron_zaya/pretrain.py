@@ -14,7 +14,7 @@ import sys
 from ckpt.errors import CheckpointError
 from launch.agreement import agree, gather_facts
 from launch.env import LaunchError, RankContext, read_rank_env
-from megatron_zaya.compat import quiet_megatron
+from megatron_zaya.compat import import_megatron
 from megatron_zaya.config import ConfigError, RunConfig, dump_config, load_config
 from megatron_zaya.data.errors import DataError
 from megatron_zaya.preconditions import check_run, unfinished_phases
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
     _agree(env, config)
 
     heartbeat.beat("imports")
-    quiet_megatron()
+    import_megatron()
     # torch and Megatron-Core are imported only now: a mistake in the input is reported in a second.
     from megatron_zaya.parallel.groups import release_process_groups
     from megatron_zaya.train.loop import train

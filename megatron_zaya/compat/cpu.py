@@ -194,9 +194,10 @@ def _uneven_reduce_scatter(original: Callable[..., Any]) -> Callable[..., Any]:
 def _patch() -> None:
     """Put every stand-in in place, once."""
     import megatron.core.tensor_parallel.random as mcore_random  # before torch changes under its decorators
+    from torch.utils import _device as torch_device
 
     # Before the factories change: `with torch.device(...)` knows them by what it finds at its first use.
-    torch.utils._device._device_constructors()
+    torch_device._device_constructors()
     _patch_torch()
     # Megatron-Core keeps its own copies of the RNG helpers.
     mcore_random._get_cuda_rng_state = _get_rng_state

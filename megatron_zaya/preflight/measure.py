@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 from launch.agreement import agree, gather_facts
 from launch.env import LaunchError, RankContext, read_rank_env
-from megatron_zaya.compat import cpu
+from megatron_zaya.compat import cpu, import_megatron
 from topology.cost import bus_factor
 
 ROUNDS = 5
@@ -137,6 +137,7 @@ def main(argv: list[str]) -> int:
     except LaunchError as error:
         print(f"zaya: {error}", file=sys.stderr)
         return 2
+    import_megatron()
     cpu.install()
     if cpu.has_accelerator():
         torch.cuda.set_device(context.device_index)
