@@ -65,8 +65,30 @@ def _integers(environ: Mapping[str, str], names: Sequence[str], start: str = STA
         raise LaunchError(f"{seen}: integers are needed") from None
 
 
-def _checked(context: RankContext) -> RankContext:
-    rank, size, local, local_size = context.rank, context.world_size, context.local_rank, context.local_world_size
+def _world(
+    environ: Mapping[str, str], launcher: str, numbers: Sequence[int], hosts: Sequence[str], port: int
+) -> RankContext:
+    """Return the context of one rank, if it is possible.
+
+    Args:
+        environ: the variables; MASTER_ADDR, where set, is the host of rank 0, else the first of ``hosts``.
+        launcher: who started the rank.
+        numbers: rank, world size, local rank, local world size.
+        hosts: nodes in rank order; empty where nobody says.
+        port: the meeting point; 0 where there is none.
+    """
+    rank, size, local, local_size = numbers
+    context = RankContext(
+        rank,
+        size,
+        local,
+        local_size,
+        hosts=tuple(hosts),
+        master_addr=environ.get("MASTER_ADDR") or next(iter(hosts), ""),
+        master_port=port,
+        launcher=launcher,
+        supervision=supervision(environ),
+    )
     if not (0 <= rank < size and 0 <= local < local_size <= size):
         raise LaunchError(f"rank {rank} of {size}, local rank {local} of {local_size}: not a possible world")
     if size % local_size or rank % local_size != local:
@@ -74,10 +96,8 @@ def _checked(context: RankContext) -> RankContext:
             f"rank {rank} of {size} is local rank {local} of {local_size}: the ranks of a node must be consecutive and "
             "every node must have equally many; use block distribution (srun --ntasks-per-node=N, mpirun --map-by slot)"
         )
-    if context.hosts and len(context.hosts) != context.nodes:
-        raise LaunchError(
-            f"{context.nodes} nodes of {local_size} ranks, but {len(context.hosts)} hosts: {' '.join(context.hosts)}"
-        )
+    if hosts and len(hosts) != context.nodes:
+        raise LaunchError(f"{context.nodes} nodes of {local_size} ranks, but {len(hosts)} hosts: {' '.join(hosts)}")
     return context
 
 
@@ -104,22 +124,12 @@ def from_torchrun(environ: Mapping[str, str]) -> RankContext | None:
     """Read the variables of torchrun, which our agents set as well."""
     if not any(name in environ for name in TORCHRUN):
         return None
-    rank, world_size, local_rank, local_world_size = _integers(environ, TORCHRUN)
-    if world_size > 1 and not (environ.get("MASTER_ADDR") and environ.get("MASTER_PORT")):
-        raise LaunchError(f"{world_size} ranks, but MASTER_ADDR or MASTER_PORT is not set: no meeting point")
-    hosts = tuple(dict.fromkeys(read_hostfile(Path(environ["ZAYA_HOSTFILE"])))) if environ.get("ZAYA_HOSTFILE") else ()
-    context = RankContext(
-        rank,
-        world_size,
-        local_rank,
-        local_world_size,
-        hosts=hosts,
-        master_addr=environ.get("MASTER_ADDR", ""),
-        master_port=_port(environ),
-        launcher="agent" if environ.get("ZAYA_HEARTBEAT_FILE") else "torchrun",
-        supervision=supervision(environ),
-    )
-    return _checked(context)
+    numbers = _integers(environ, TORCHRUN)
+    if numbers[1] > 1 and not (environ.get("MASTER_ADDR") and environ.get("MASTER_PORT")):
+        raise LaunchError(f"{numbers[1]} ranks, but MASTER_ADDR or MASTER_PORT is not set: no meeting point")
+    hosts = list(dict.fromkeys(read_hostfile(Path(environ["ZAYA_HOSTFILE"])))) if environ.get("ZAYA_HOSTFILE") else []
+    launcher = "agent" if environ.get("ZAYA_HEARTBEAT_FILE") else "torchrun"
+    return _world(environ, launcher, numbers, hosts, _port(environ))
 
 
 def _port(environ: Mapping[str, str]) -> int:
@@ -161,18 +171,7 @@ def from_srun(environ: Mapping[str, str]) -> RankContext | None:
         raise LaunchError(
             f"{world_size} tasks on {len(hosts)} nodes: give --ntasks-per-node, all nodes need equally many"
         )
-    context = RankContext(
-        rank,
-        world_size,
-        local_rank,
-        world_size // len(hosts),
-        hosts=tuple(hosts),
-        master_addr=environ.get("MASTER_ADDR") or hosts[0],
-        master_port=_port(environ),
-        launcher="srun",
-        supervision=supervision(environ),
-    )
-    return _checked(context)
+    return _world(environ, "srun", (rank, world_size, local_rank, world_size // len(hosts)), hosts, _port(environ))
 
 
 def _order_from_hostfile(
@@ -201,23 +200,11 @@ def from_mpi(environ: Mapping[str, str]) -> RankContext | None:
     # srun --mpi=pmi2 sets PMI_RANK too, but not what mpiexec adds: then Slurm's variables are the ones to read.
     if names is None or ("SLURM_STEP_ID" in environ and names[2] not in environ):
         return None
-    rank, world_size, local_rank, local_world_size = _integers(environ, names, "they come with mpirun")
-    if world_size == 1:
+    numbers = _integers(environ, names, "they come with mpirun")
+    if numbers[1] == 1:
         return RankContext(launcher="mpi", supervision=supervision(environ))
-    master, port = environ.get("MASTER_ADDR", ""), _port(environ)
-    hosts, port = _exchange_hosts(rank, world_size, port)
-    context = RankContext(
-        rank,
-        world_size,
-        local_rank,
-        local_world_size,
-        hosts=hosts,
-        master_addr=master or hosts[0],
-        master_port=port,
-        launcher="mpi",
-        supervision=supervision(environ),
-    )
-    return _checked(context)
+    hosts, port = _exchange_hosts(numbers[0], numbers[1], _port(environ))
+    return _world(environ, "mpi", numbers, hosts, port)
 
 
 def _exchange_hosts(rank: int, world_size: int, port: int) -> tuple[tuple[str, ...], int]:
