@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,16 @@ def test_torch_is_never_installed():
     text = DOCKERFILE.read_text()
     assert "install torch" not in text
     assert "-c /opt/zaya/base-constraints.txt" in text
+
+
+def test_the_image_has_every_requirement_of_the_package():
+    """Dependencies are installed apart from the package, for small layers: the two lists must not drift apart."""
+    text = DOCKERFILE.read_text()
+    needed = [r.split(";")[0].strip() for r in requires("megatron-zaya") if "extra ==" not in r]
+    assert len(needed) > 8
+    for requirement in needed:
+        name = re.match(r"[\w-]+", requirement)[0]
+        assert name == "torch" or re.search(rf"['=]{name}>=", text), f"{requirement} is not in Dockerfile.rocm"
 
 
 def cannot_build() -> str:
