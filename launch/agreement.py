@@ -15,7 +15,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from launch.env import RankContext
@@ -48,6 +47,8 @@ def gather_facts(
         job: facts of the caller, such as the digest of the resolved run file.
         environ: variables to read instead of this process' own.
     """
+    from importlib.metadata import PackageNotFoundError, version  # the controller imports this module too: not there
+
     environ = os.environ if environ is None else environ
     equal = {"world size": str(context.world_size), "ranks per node": str(context.local_world_size), **job}
     equal["python"] = sys.version.split()[0]

@@ -103,7 +103,8 @@ class Agent:
         self.job, self.host, self.reader, self.writer = job, host, reader, writer
         self.ranks: dict[int, RankProcess] = {}
         base = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path(tempfile.gettempdir())
-        self.scratch = Path(tempfile.mkdtemp(prefix="zaya-agent-", dir=base))
+        job_id = os.environ.get("SLURM_JOB_ID", "local")  # slurm/hooks/epilog.sh removes what a killed agent leaves
+        self.scratch = Path(tempfile.mkdtemp(prefix=f"zaya-agent-{job_id}-", dir=base))
         self.background: set[asyncio.Task[None]] = set()
 
     def send(self, kind: str, **fields: Any) -> None:

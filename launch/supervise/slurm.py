@@ -1,11 +1,11 @@
-"""The few words the controller exchanges with Slurm: which nodes it has, start agents, requeue, ask for other nodes."""
+"""The few words the controller exchanges with Slurm: which nodes it has, start agents, requeue without bad nodes."""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import signal
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from launch.errors import LaunchError
 from launch.supervise.job import Job
@@ -55,24 +55,37 @@ def allocation(environ: Mapping[str, str] | None = None) -> list[str]:
     return hosts
 
 
+def _ignore_sigterm() -> None:
+    """In the child: a requeue ends this batch shell and all it started, but not before Slurm has heard everything."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 async def _run(*command: str) -> tuple[int, str]:
     process = await asyncio.create_subprocess_exec(
-        *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+        *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, preexec_fn=_ignore_sigterm
     )
     out, _ = await process.communicate()
     return process.returncode or 0, out.decode(errors="replace").strip()
 
 
-async def requeue(job_id: str) -> str:
-    """Put this very job back into the queue; return Slurm's complaint, if any."""
-    status, said = await _run("scontrol", "requeue", job_id)
-    return said if status else ""
+async def requeue(job_id: str, excluded: Sequence[str] = ()) -> str:
+    """Put this very job back into the queue, never again on the ``excluded`` nodes; return Slurm's complaint, if any.
 
-
-async def resubmit(folder: Path, excluded: Sequence[str]) -> tuple[str, str]:
-    """Submit the job anew without the bad nodes, to start when this one has ended; return (job id, complaint)."""
-    command = ["sbatch", "--parsable", f"--dependency=afterany:{os.environ['SLURM_JOB_ID']}"]
-    if excluded:
-        command.append(f"--exclude={compress(excluded)}")
-    status, said = await _run(*command, str(folder / "job.sbatch"))
-    return ("", said) if status else (said.split(";")[0].splitlines()[-1], "")
+    Only a waiting job can be told which nodes to avoid, so it is held meanwhile: should Slurm refuse the list, the job
+    stays held for the operator instead of starting on the bad node again.
+    """
+    if not excluded:
+        status, said = await _run("scontrol", "requeue", job_id)
+        return said if status else ""
+    _, known = await _run("squeue", "--noheader", f"--jobs={job_id}", "--format=%x")
+    avoid = sorted({*excluded, *(expand(known, "squeue") if known not in ("", "(null)") else ())})
+    for command in (
+        ("requeuehold", job_id),
+        # The wished-for nodes are no longer all to be had: any others will do.
+        ("update", f"JobId={job_id}", "ReqNodeList=", f"ExcNodeList={compress(avoid)}"),
+        ("release", job_id),
+    ):
+        status, said = await _run("scontrol", *command)
+        if status:
+            return f"scontrol {' '.join(command)}: {said}"
+    return ""

@@ -1,6 +1,6 @@
 """One attempt as the controller sees it: who runs where, how far each rank is, what has gone wrong. No sockets here.
 
-Feed it what agents say (`beat`, `exited`, `lost`), ask `verdict` now and then.
+Feed it what agents say (`hear`), ask `verdict` now and then.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 from launch.supervise import classify
 from launch.supervise.classify import Cause, RankExit
 from launch.supervise.job import Policy
+from launch.supervise.wire import Message
 
 RUNNING, FINISHED, STOPPED, FAILED, HUNG = "running", "finished", "stopped", "failed", "hung"
 
@@ -41,8 +42,8 @@ class Straggler:
 class Watch:
     """The state of one attempt. ``now`` is a monotonic clock everywhere."""
 
-    def __init__(self, ranks: Mapping[int, str], policy: Policy, now: float) -> None:
-        self.policy, self.started = policy, now
+    def __init__(self, number: int, ranks: Mapping[int, str], policy: Policy, now: float) -> None:
+        self.number, self.policy, self.started = number, policy, now
         self.ranks = {rank: RankView(host, {}, now) for rank, host in ranks.items()}
         self.seen = dict.fromkeys(ranks.values(), now)
         self.exits: dict[int, RankExit] = {}
@@ -51,6 +52,20 @@ class Watch:
         self.asked_to_stop: float | None = None
         self.busy: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=policy.straggler_steps))
         self.reported: set[int] = set()
+
+    def hear(self, host: str, message: Message, now: float) -> None:
+        """Put one message of the agent of ``host`` into the picture; those about former attempts are passed over."""
+        kind = message["type"]
+        if kind == "beat":
+            self.beat(host, {int(rank): beat for rank, beat in message["ranks"].items()}, now)
+        elif kind == "exited" and message["attempt"] == self.number:
+            rank = message["rank"]
+            if message["heartbeat"]:
+                self.beat(host, {rank: message["heartbeat"]}, now)
+            kernel = tuple(message["kernel"])
+            self.exited(RankExit(rank, host, message["status"], message["time"], message["tail"], kernel), now)
+        elif kind == "lost":
+            self.lose(host, now)
 
     def beat(self, host: str, heartbeats: Mapping[int, dict[str, Any]], now: float) -> None:
         """The agent of ``host`` is alive, and its ranks say this."""

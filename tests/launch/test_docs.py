@@ -20,7 +20,7 @@ def test_every_category_has_its_row():
 
 def test_events_that_the_runbook_names_are_emitted():
     source = "".join(path.read_text() for path in (REPOSITORY / "launch/supervise").glob("*.py"))
-    for event in ("nodes_absent", "straggler", "resubmitted", "incident", "training"):
+    for event in ("nodes_absent", "straggler", "requeueing", "incident", "training"):
         assert event in PAGES["runbook"] and f'"{event}"' in source
 
 
