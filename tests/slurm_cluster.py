@@ -1,12 +1,17 @@
 """A real Slurm cluster on this machine, for tests: munged, slurmctld and one slurmd per node.
 
-Every node is its own PID, mount, UTS and IPC namespace, so killing its init is a power failure and
-teardown leaves nothing behind. Nothing outside the cluster's folder is read or written: SLURM_CONF points
-there. Needs root and the packages of tools/apt-packages.txt; `missing()` says what is not there.
+Every node is its own PID, mount, UTS and IPC namespace with its own /dev/shm, so killing its init is a power failure
+and teardown leaves nothing behind; all of it dies with this process, however that ends. Nothing outside the cluster's
+folder is read or written: SLURM_CONF points there. Several clusters run side by side: each holds a slot, which sets its
+ports and its job ids (the launcher's ports follow from those). Needs root and the packages of tools/apt-packages.txt;
+`missing()` says what is not there.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import fcntl
 import os
 import shutil
 import signal
@@ -18,6 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol", "sinfo", "unshare", "nsenter")
 START_TIMEOUT_S = 60.0
@@ -31,22 +37,43 @@ def missing() -> str:
     return "" if os.geteuid() == 0 else "a Slurm cluster of namespaces needs root"
 
 
-def free_ports(count: int) -> int:
-    """First of `count` consecutive free ports below the ephemeral range."""
-    for base in range(20000, 32000 - count, count):
-        sockets = []
+SLOTS, SLOT_PORTS, SLOT_JOBS = 12, 250, 100
+
+
+@contextmanager
+def own_slot() -> Iterator[int]:
+    """A number that no other cluster on this machine has meanwhile, and whose ports are free."""
+    for slot in range(SLOTS):
+        path = Path(f"/tmp/zaya-test-slurm-{slot}.lock")
+        with path.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                continue
+            if _all_free(first_port(slot), SLOT_PORTS):
+                yield slot
+                return
+    raise RuntimeError(f"none of {SLOTS} slots for a Slurm cluster is free")
+
+
+def first_port(slot: int) -> int:
+    """First port of a slot: above those of the launcher, below the ephemeral range."""
+    return 20_000 + slot * SLOT_PORTS
+
+
+def _all_free(base: int, count: int) -> bool:
+    with contextlib.ExitStack() as stack:
         try:
             for port in range(base, base + count):
-                probe = socket.socket()
-                sockets.append(probe)
-                probe.bind(("127.0.0.1", port))
-            return base
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
         except OSError:
-            continue
-        finally:
-            for probe in sockets:
-                probe.close()
-    raise RuntimeError(f"no {count} consecutive free ports")
+            return False
+    return True
+
+
+def _die_with_parent() -> None:
+    """In a child: SIGKILL when this process dies."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 @dataclass
@@ -55,10 +82,12 @@ class SlurmCluster:
 
     folder: Path
     node_names: list[str]
+    slot: int
     topology_conf: str = ""
     cpus: int = 16
     gpus: int = 0  # fake GPUs per node: clones of /dev/null that Slurm hands out as devices
     partition: str = "main"
+    more_conf: str = ""  # lines at the end of slurm.conf
     _daemons: list[subprocess.Popen[bytes]] = field(default_factory=list)
     _inits: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
@@ -106,33 +135,35 @@ class SlurmCluster:
     def start_node(self, name: str) -> None:
         """Boot one node: an init in new namespaces, whose only child is slurmd."""
         script = (
-            f"hostname {name} && mount --bind {self.folder}/hosts /etc/hosts && "
+            f"hostname {name} && mount --bind {self.folder}/hosts /etc/hosts && mount -t tmpfs tmpfs /dev/shm && "
             f"exec slurmd -D -N {name} >{self.folder}/log/{name}.out 2>&1"
         )
-        self._inits[name] = subprocess.Popen(
-            [
-                "unshare",
-                "-m",
-                "-u",
-                "-i",
-                "-p",
-                "--fork",
-                "--kill-child=SIGKILL",
-                "--mount-proc",
-                "sh",
-                "-c",
-                script,
-            ],
-            env=self.environment,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        unshare = ["unshare", "-m", "-u", "-i", "-p", "--fork", "--kill-child=SIGKILL", "--mount-proc"]
+        self._inits[name] = self._spawn([*unshare, "sh", "-c", script], subprocess.DEVNULL)
 
     def crash_node(self, name: str) -> None:
         """Cut the power of one node."""
         process = self._inits.pop(name)
         process.send_signal(signal.SIGKILL)
         process.wait(10)
+
+    def reboot_node(self, name: str) -> None:
+        """Bring a crashed node back. Slurm is told of the crash first: by itself it waits a minute."""
+        for state in ("down", "resume"):
+            if state == "resume":
+                self.start_node(name)
+            self.run(["scontrol", "update", f"nodename={name}", f"state={state}", "reason=test"], check=False)
+        self._wait(lambda: self.state(name) in ("idle", "mixed", "allocated"), f"{name} back")
+
+    def enter(self, name: str, command: str) -> str:
+        """Run a shell command on a node, outside of Slurm; return its output."""
+        pid = subprocess.run(["pgrep", "-P", str(self._inits[name].pid)], capture_output=True, text=True, check=True)
+        nsenter = ["nsenter", f"--target={pid.stdout.split()[0]}", "--mount", "--uts", "--ipc", "--pid"]
+        return self.run([*nsenter, "sh", "-c", command], check=False).stdout
+
+    def state(self, name: str) -> str:
+        """State of one node, as sinfo words it."""
+        return self.run(["sinfo", "-h", "-N", "-n", name, "-o", "%T"], check=False).stdout.split("\n")[0]
 
     def count(self, state: str) -> int:
         """Number of nodes whose state begins with `state`; 0 while the controller does not answer."""
@@ -184,7 +215,8 @@ class SlurmCluster:
         (self.folder / "gres.conf").write_text(f"AutoDetect=off\n{nodes} {files}\n")
 
     def _configuration(self) -> str:
-        base = free_ports(len(self.node_names) + 1)
+        base = first_port(self.slot)
+        assert len(self.node_names) < SLOT_PORTS
         size = f"CPUs={self.cpus} RealMemory=1000000" + (f" Gres=gpu:{self.gpus}" if self.gpus else "")
         nodes = "\n".join(
             f"NodeName={name} NodeAddr=127.0.0.1 Port={base + 1 + i} {size}" for i, name in enumerate(self.node_names)
@@ -192,6 +224,7 @@ class SlurmCluster:
         plugin = "topology/tree" if self.topology_conf else "topology/none"
         return f"""
 ClusterName=test
+FirstJobId={1 + self.slot * SLOT_JOBS}
 SlurmctldHost={socket.gethostname()}(127.0.0.1)
 SlurmctldPort={base}
 SlurmUser=root
@@ -222,17 +255,19 @@ SlurmdTimeout=60
 TreeWidth={max(2, len(self.node_names))}
 {"GresTypes=gpu" if self.gpus else ""}
 {nodes}
-PartitionName={self.partition} Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PartitionName={self.partition} Nodes=ALL Default=YES MaxTime=INFINITE State=UP GraceTime=60
+{self.more_conf}
 """
 
     def _daemon(self, *command: str) -> None:
         with (self.folder / f"log/{command[0]}.out").open("wb") as out:
-            self._daemons.append(
-                subprocess.Popen(
-                    command, env=self.environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
-                    start_new_session=True,
-                )
-            )  # fmt: skip
+            self._daemons.append(self._spawn(command, out))
+
+    def _spawn(self, command: Sequence[str], out: int | IO[bytes]) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            command, env=self.environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True,
+            preexec_fn=_die_with_parent,
+        )  # fmt: skip
 
     def _wait(self, ready: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S
@@ -245,12 +280,13 @@ PartitionName={self.partition} Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 @contextmanager
 def slurm_cluster(
-    folder: Path, node_names: Sequence[str], topology_conf: str = "", gpus: int = 0
+    folder: Path, node_names: Sequence[str], topology_conf: str = "", gpus: int = 0, more_conf: str = ""
 ) -> Iterator[SlurmCluster]:
     """A started cluster that is gone afterwards, whatever happens."""
-    cluster = SlurmCluster(folder, list(node_names), topology_conf, gpus=gpus)
-    try:
-        cluster.start()
-        yield cluster
-    finally:
-        cluster.stop()
+    with own_slot() as slot:
+        cluster = SlurmCluster(folder, list(node_names), slot, topology_conf, gpus=gpus, more_conf=more_conf)
+        try:
+            cluster.start()
+            yield cluster
+        finally:
+            cluster.stop()

@@ -3,12 +3,13 @@
 set -u
 export PATH=/usr/local/bin:/usr/bin:/bin
 
-if [ -n "${SLURM_JOB_USER:-}" ] && [ "$SLURM_JOB_USER" != root ]; then
-    # Only when this user has no other job on the node.
-    if ! squeue --noheader --nodelist "$(hostname -s)" --user "$SLURM_JOB_USER" --states RUNNING -o %A |
-        grep -qv "^${SLURM_JOB_ID:-0}$"; then
-        pkill -KILL -u "$SLURM_JOB_USER" || true
+rm -rf "/dev/shm/zaya-agent-${SLURM_JOB_ID:?}-"* # scratch of an agent that was killed
+user=${SLURM_JOB_USER:-root}
+if [ "$user" != root ]; then
+    # Only when this user has no other job on the node; a Slurm that does not answer leaves everybody alone.
+    jobs=$(squeue --noheader --nodelist "${SLURMD_NODENAME:-$(hostname -s)}" --user "$user" --states RUNNING -o %A) || exit 0
+    if ! grep -qv "^$SLURM_JOB_ID$" <<<"${jobs:-$SLURM_JOB_ID}"; then
+        pkill -KILL -u "$user" || true
     fi
 fi
-rm -rf /dev/shm/zaya-agent-*
 exit 0

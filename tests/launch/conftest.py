@@ -53,7 +53,8 @@ def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory, small_disk: Path) -> Iterator[SlurmCluster]:
     """Four nodes with eight fake GPUs each."""
-    with slurm_cluster(tmp_path_factory.mktemp("slurm") / "c", ["n0", "n1", "n2", "n3"], gpus=8) as running:
+    folder = tmp_path_factory.mktemp("slurm") / "c"
+    with slurm_cluster(folder, ["n0", "n1", "n2", "n3"], gpus=8) as running:
         yield running
 
 
@@ -76,7 +77,7 @@ def job_field(cluster: SlurmCluster, job_id: str, field: str) -> str:
     return next((word.split("=", 1)[1] for word in shown.split() if word.startswith(f"{field}=")), "")
 
 
-def wait(ready: Callable[[], object], what: str, timeout_s: float = 90.0, diagnose: Callable[[], str] = str) -> None:
+def wait(ready: Callable[[], object], what: str, timeout_s: float = 180.0, diagnose: Callable[[], str] = str) -> None:
     """Poll until ``ready``; fail with ``diagnose()`` after the deadline."""
     deadline = time.monotonic() + timeout_s
     while not ready():
@@ -84,7 +85,7 @@ def wait(ready: Callable[[], object], what: str, timeout_s: float = 90.0, diagno
         time.sleep(0.2)
 
 
-def wait_for_end(cluster: SlurmCluster, job_id: str, folder: Path, timeout_s: float = 90.0) -> str:
+def wait_for_end(cluster: SlurmCluster, job_id: str, folder: Path, timeout_s: float = 180.0) -> str:
     """Wait for the end of a job; return its state."""
     ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
     wait(

@@ -7,17 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from launch.supervise.record import read_events
 from megatron_zaya.telemetry.jsonl import read_events as read_metrics
 from megatron_zaya.telemetry.jsonl import steps_by_iteration
-from tests.launch import test_supervise as toy
 from tests.launch.conftest import ENVIRONMENT, REPOSITORY, events, job_field, output, sbatch, wait, wait_for_end
 
 pytestmark = pytest.mark.slurm
@@ -32,13 +28,6 @@ supervise: {connect_timeout_s: 60, node_timeout_s: 6, start_timeout_s: 120, hang
 
 def losses(run_dir: Path) -> dict[int, tuple[float, float]]:
     return {i: (s["loss"], s["grad_norm"]) for i, s in steps_by_iteration(run_dir / "metrics.jsonl").items()}
-
-
-def reboot(cluster, name: str) -> None:
-    """Bring a crashed node back for the tests that follow."""
-    cluster.start_node(name)
-    cluster.run(["scontrol", "update", f"nodename={name}", "state=resume"], check=False)
-    wait(lambda: cluster.count("idle") == len(cluster.node_names), "idle nodes", 60, cluster.log_tail)
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +137,7 @@ def test_a_bad_node_a_full_disk_a_crash_a_hang_and_a_dead_node_in_one_run(
     assert losses(run_dir) == reference, "bit for bit, through four attempts"
     for number in (1, 2, 3):
         assert (run_dir / f"launch/incidents/{number:04d}.md").is_file()
-    reboot(cluster, victim)
+    cluster.reboot_node(victim)
 
 
 def test_preflight_and_collectives_by_plain_sbatch(cluster, workdir, site):
@@ -166,22 +155,3 @@ def test_preflight_and_collectives_by_plain_sbatch(cluster, workdir, site):
     )
     assert wait_for_end(cluster, bad, workdir) == "FAILED"
     assert (workdir / "preflight/fail.txt").read_text() == "n0\n"
-
-
-def test_the_death_of_the_batch_host_requeues_the_job(cluster, tmp_path):
-    """The controller dies with its node; the agents notice. Ranks without torch: this is about the launcher."""
-    job = toy.make_job(tmp_path / "toy", iterations=400, nodes=1, spares=0)
-    job = replace(job, hosts=[], policy=replace(toy.POLICY, start_timeout_s=60))
-    job.write()
-    command = f"exec {sys.executable} -m launch.supervise {job.folder}"
-    options = ["--nodes=2", "--nodelist=n1,n3", "--no-kill", "--requeue", "--open-mode=append", f"--wrap={command}"]
-    job_id = sbatch(cluster, REPOSITORY, *options, f"--output={tmp_path}/toy.out")
-    log = job.folder / "events.jsonl"
-    wait(lambda: read_events(log, "training"), "first step", 60, lambda: output(tmp_path))
-    host = job_field(cluster, job_id, "BatchHost")
-    cluster.crash_node(host)
-    cluster.run(["scontrol", "update", f"nodename={host}", "state=down", "reason=test"])
-    wait(lambda: job_field(cluster, job_id, "Restarts") == "1", "requeue", 40, lambda: output(tmp_path))
-    assert "requeueing job" in (job.folder / "agents.log").read_text()
-    cluster.run(["scancel", job_id])
-    reboot(cluster, host)

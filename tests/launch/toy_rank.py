@@ -29,7 +29,7 @@ def save(path: Path, iteration: int) -> None:
     path.with_suffix(".partial").replace(path)
 
 
-def fail(kind: str) -> None:
+def fail(kind: str, asked: list[int]) -> None:
     if kind == "crash":
         raise ValueError("a wrong shape")
     if kind == "device":
@@ -46,7 +46,7 @@ def fail(kind: str) -> None:
         os._exit(2)
     if kind in ("kill", "stop"):
         os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[kind])
-    while kind == "hang":
+    while kind == "hang" or (kind == "wait" and not asked):  # until told to stop
         time.sleep(0.1)
 
 
@@ -69,7 +69,7 @@ def main(folder: Path, iterations: int, faults: str) -> None:
         for fault in filter(None, faults.split(";")):
             kind, _, where = fault.partition(":")
             if where == f"rank={env.rank},iteration={iteration},attempt={attempt}":
-                fail(kind)
+                fail(kind, asked)
         stop = folder / f"stop-{iteration}"
         if asked and env.rank == 0:
             stop.touch()
