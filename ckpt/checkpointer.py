@@ -31,12 +31,15 @@ from ckpt.save import Save
 from ckpt.shard import Shard
 from ckpt.steps import complete_iterations, partial_dir
 from ckpt.storage import POSIX
+from ckpt.tiers import recover
 from ckpt.writer.client import Writer
 
 logger = logging.getLogger(__name__)
 
 _FAILING_CAPACITY = 1
 """Arena bytes of a writer that only reports a failure."""
+_MOST_BEHIND = 2
+"""Saves on a node's own disk that wait for their copy to the shared storage; further ones wait, or disks fill up."""
 
 
 class Checkpointer:
@@ -57,6 +60,7 @@ class Checkpointer:
         stall_timeout_s: float = 300.0,
         storage: str = POSIX,
         storage_options: dict[str, Any] | None = None,
+        local: Path | None = None,
     ) -> None:
         """Make a checkpointer; no communication, nothing is written.
 
@@ -69,8 +73,11 @@ class Checkpointer:
             stall_timeout_s: a writer without progress for so long is given up.
             storage: what writes, as "module:factory", see ckpt.storage.
             storage_options: its keyword arguments.
+            local: folder of this run on the node's own disk. Files are written there first and copied to ``root`` in
+                the background; :func:`ckpt.tiers.recover` finishes what a crash interrupted.
         """
         self.root, self.group = Path(root), group
+        self.local = None if local is None else Path(local)
         self.retention = retention or Retention()
         self.max_host_bytes = max_host_bytes
         self.commit_timeout_s, self.stall_timeout_s = commit_timeout_s, stall_timeout_s
@@ -142,7 +149,7 @@ class Checkpointer:
         plan = self._plan_of(shards)
         order = self._order(iteration, plan, common, layout, score)
         if folder is not None:
-            order["folder"] = str(folder.absolute())
+            order["folder"], order["local"] = str(folder.absolute()), None
             if order["commit"] is not None:
                 order["commit"]["publish"] = False
         save = Save(iteration, plan.size, order["save_id"], commits=self.rank == 0)
@@ -190,7 +197,7 @@ class Checkpointer:
 
     def progress(self) -> tuple[int, int]:
         """Return (bytes written, bytes to write) of the newest save of this rank; (0, 0) if none is under way."""
-        running = [save for save in self._saves.values() if save.part_s is None and not save.done]
+        running = [save for save in self._saves.values() if save.holds_arena]
         return (self._writer.arena.written, running[-1].size) if running and self._writer else (0, 0)
 
     def close(self, timeout_s: float = 60.0) -> None:
@@ -226,6 +233,7 @@ class Checkpointer:
             "rank": self.rank,
             "size": plan.size,
             "layout": id(plan),
+            "local": None if self.local is None else str(partial_dir(self.local.absolute(), iteration, save_id)),
             "commit": None,
         }
         if self.rank == 0:
@@ -249,13 +257,19 @@ class Checkpointer:
         """Wait until the arena is free; return the seconds."""
         start = time.monotonic()
         waited = False
-        while any(save.part_s is None and not save.done for save in self._saves.values()):
+        while self._no_room():
             self._hear()
             if not waited:
                 waited = True
                 logger.warning("rank %d: waiting for the save before to be written", self.rank)
             time.sleep(0.001)
         return time.monotonic() - start if waited else 0.0
+
+    def _no_room(self) -> bool:
+        """Whether the arena is in use, or too many saves lie on the node's disk only."""
+        saves = self._saves.values()
+        behind = sum(save.local_s is not None and save.part_s is None and not save.done for save in saves)
+        return behind >= _MOST_BEHIND or any(save.holds_arena for save in saves)
 
     def _writer_for(self, size: int) -> Writer:
         """Return a living writer whose arena is large enough."""
@@ -313,9 +327,12 @@ class Checkpointer:
             save = self._saves.get(event["number"])
             if save is None:
                 continue
-            self._orders.pop(event["number"], None)
+            if event["event"] != "local":
+                self._orders.pop(event["number"], None)
             if event["error"] is not None:
                 save.error = save.error or event["error"]
+            elif event["event"] == "local":
+                save.local_s = time.monotonic() - save.started
             elif event["event"] == "part":
                 save.part_s = time.monotonic() - save.started
             else:
@@ -382,7 +399,8 @@ class Checkpointer:
 
         Args:
             shards: what to fill, in place; any layout.
-            iteration: the step; None takes the newest that is valid, passing over damaged ones with a warning.
+            iteration: the step; None takes the newest that is valid, passing over damaged ones with a warning. Before
+                the first save, one that is newer on the nodes' own disks is completed.
             partial: the step may hold tensors that nobody asks for.
             optional: tensors whose keys begin so may be missing (they keep their values) or left over.
 
@@ -390,4 +408,6 @@ class Checkpointer:
             CorruptCheckpointError: the step is damaged; names file, chunk and tensor.
             CheckpointError: there is no step, tensors are missing or left over, or of another shape or type.
         """
+        if self.local is not None and iteration is None and not self._number:  # a job's own saves go on by themselves
+            recover(self.root, self.local, self.group)
         return load_newest(self.root, self.group, shards, iteration, partial, optional)

@@ -63,27 +63,34 @@ def _join(source: Indices, target: Indices, length: Indices) -> Copies:
 _NOTHING = Copies(*(np.empty(0, dtype=np.int64) for _ in range(3)))
 
 
-def _single(start: int, stop: int, source: int, target: int) -> Copies:
-    """Return the one copy of elements [start, stop), where the regions begin at ``source`` and ``target``."""
-    if start >= stop:
-        return _NOTHING
-    return Copies(*np.array([[start - source], [start - target], [stop - start]], dtype=np.int64))
-
-
 def _boxes_meet(a: Region, b: Region) -> bool:
     sides = zip(a.offset, a.shape, b.offset, b.shape, strict=True)
     return all(ao < bo + bs and bo < ao + size for ao, size, bo, bs in sides)
 
 
+def single_overlap(source: Region, target: Region, global_shape: tuple[int, ...]) -> tuple[int, int, int] | None:
+    """Return (source, target, length) of the one copy between two regions; None if there may be several.
+
+    Most overlaps are of this kind, and this is quick. The length is 0 if nothing is shared.
+    """
+    if source.offset == target.offset and source.shape == target.shape:
+        a_start, a_stop, b_start, b_stop = source.start, source.stop, target.start, target.stop
+    elif not source.numel or not target.numel or not _boxes_meet(source, target):
+        return 0, 0, 0
+    else:
+        a, b = span(source, global_shape), span(target, global_shape)
+        if a is None or b is None:
+            return None
+        a_start, a_stop, b_start, b_stop = *a, *b
+    start, stop = max(a_start, b_start), min(a_stop, b_stop)
+    return (start - a_start, start - b_start, stop - start) if start < stop else (0, 0, 0)
+
+
 def overlap(source: Region, target: Region, global_shape: tuple[int, ...]) -> Copies:
     """Return the copies that bring every element of ``target`` that ``source`` holds, in ascending order."""
-    if not source.numel or not target.numel or not _boxes_meet(source, target):
-        return _NOTHING
-    if (source.offset, source.shape) == (target.offset, target.shape):
-        return _single(max(source.start, target.start), min(source.stop, target.stop), source.start, target.start)
-    a_span, b_span = span(source, global_shape), span(target, global_shape)
-    if a_span is not None and b_span is not None:
-        return _single(max(a_span[0], b_span[0]), min(a_span[1], b_span[1]), a_span[0], b_span[0])
+    single = single_overlap(source, target, global_shape)
+    if single is not None:
+        return Copies(*np.array(single, dtype=np.int64).reshape(3, 1)) if single[2] else _NOTHING
     a, b = _runs(source, global_shape), _runs(target, global_shape)
     low = np.searchsorted(b.position + b.length, a.position, side="right")
     high = np.searchsorted(b.position, a.position + a.length, side="left")

@@ -12,7 +12,7 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 
@@ -46,8 +46,7 @@ class TensorInfo:
         return ITEM_BYTES[self.dtype]
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """A part of a global tensor in a file: contiguous, in row-major order of its region."""
 
     key: str
@@ -91,8 +90,6 @@ class Manifest:
     """How the job was spread over ranks; for people, loading does not read it."""
     libraries: dict[str, str] = field(default_factory=dict)
     world_size: int = 1
-    node: str | None = None
-    """None, or the node whose ranks' files alone are here (the first tier of a two-tier store)."""
     score: float | None = None
     """What retention calls best is lowest; None if the job gave none."""
 
@@ -109,7 +106,16 @@ def digest(data: bytes | memoryview) -> str:
 
 def seal(name: str, value: Any) -> bytes:
     """Return the bytes of a JSON file that carries the hash of its one value."""
-    body = json.dumps(value, separators=(",", ":"), allow_nan=True).encode()
+    return seal_text(name, compact(value))
+
+
+def compact(value: Any) -> bytes:
+    """Return a value as JSON without white space."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=True).encode()
+
+
+def seal_text(name: str, body: bytes) -> bytes:
+    """Like :func:`seal`, of a value that is JSON already."""
     return b'{"xxh3_128": "%s", "%s": %s}\n' % (digest(body).encode(), name.encode(), body)
 
 
@@ -162,7 +168,6 @@ def manifest_bytes(manifest: Manifest) -> bytes:
         "save_id": manifest.save_id,
         "created": manifest.created,
         "world_size": manifest.world_size,
-        "node": manifest.node,
         "layout": manifest.layout,
         "libraries": manifest.libraries,
         "common": manifest.common,
@@ -214,7 +219,6 @@ def parse_manifest(value: Any, path: Path) -> Manifest:
             layout=_typed(value["layout"], dict),
             libraries=_typed(value["libraries"], dict),
             world_size=_count(value["world_size"]),
-            node=value["node"],
             score=None if value["score"] is None else float(value["score"]),
         )
     except _ImpossibleError as error:
@@ -241,7 +245,8 @@ def _count(value: Any) -> int:
 
 def _counts(values: Any) -> tuple[int, ...]:
     for value in _typed(values, list):
-        _count(value)
+        if type(value) is not int or not 0 <= value < _LARGEST:
+            _count(value)
     return tuple(values)
 
 
@@ -284,8 +289,8 @@ def _piece(item: Any, tensors: dict[str, TensorInfo], name: str) -> Piece:
     region = Region(_counts(offset), _counts(shape), _count(start), _count(stop))
     whole = tensors[key].shape
     inside = len(region.offset) == len(region.shape) == len(whole)
-    if not inside or any(o + n > w for o, n, w in zip(region.offset, region.shape, whole, strict=True)):
-        raise _ImpossibleError(f"{name}: a part of {key!r} lies outside the tensor")
-    if not region.start <= region.stop <= math.prod(region.shape):
+    for o, n, w in zip(region.offset, region.shape, whole, strict=False):
+        inside = inside and o + n <= w
+    if not inside or not region.start <= region.stop <= math.prod(region.shape):
         raise _ImpossibleError(f"{name}: a part of {key!r} lies outside the tensor")
     return Piece(key, region, _count(begin))

@@ -14,8 +14,8 @@ from torch import Tensor
 from ckpt.errors import CheckpointError
 from ckpt.manifest import TensorInfo
 from ckpt.rankfile import FilePlan, Part
-from ckpt.reader import Target
 from ckpt.shard import Shard
+from ckpt.transfer import Target
 
 if TYPE_CHECKING:
     from ckpt.writer.arena import Arena

@@ -15,12 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
+from ckpt.descriptors import Descriptors
 from ckpt.errors import CorruptCheckpointError
-from ckpt.geometry import Copies, overlap
 from ckpt.manifest import FileInfo, Manifest, Piece, digest
-from ckpt.reader import Bytes, Target, _chunk_tasks, _copy, _damage, _Descriptors, _Transfer
+from ckpt.reader import damage_of
 from ckpt.region import Region
 from ckpt.storage import ALIGNMENT
+from ckpt.transfer import Bytes, Target, chunk_tasks, copy_out, transfer_of
 
 CACHE_BYTES = 64 << 20
 
@@ -36,7 +37,7 @@ class StepReader:
             for piece in file.pieces:
                 if piece.key in self._pieces:
                     self._pieces[piece.key].append((file, piece))
-        self._files = _Descriptors(folder)
+        self._files = Descriptors(folder)
         self._chunks: OrderedDict[tuple[str, int], Bytes] = OrderedDict()
         self._held, self._limit = 0, cache_bytes
         self._lock = threading.Lock()
@@ -53,16 +54,13 @@ class StepReader:
         assert start >= 0 and start + numel <= math.prod(info.shape)
         target, held = Target(key, info, region, out), 0
         for file, piece in self._pieces[key]:
-            copies = overlap(piece.region, region, info.shape)
-            if not len(copies.length):
+            transfer, count = transfer_of(piece, target, info)
+            if transfer is None:
                 continue
-            held += int(copies.length.sum())
-            size = info.item_bytes
-            in_bytes = Copies(piece.begin + copies.source * size, copies.target * size, copies.length * size)
-            transfer = _Transfer(in_bytes, target)
-            for task in _chunk_tasks(file, [transfer]):
-                begin, end = file.chunk_span(task.index)
-                _copy(self._chunk(file, task.index), begin, end, transfer)
+            held += count
+            for task in chunk_tasks(file, [transfer]):
+                begin, end = file.chunk_span(task.number)
+                copy_out(self._chunk(file, task.number), begin, end, transfer)
         if held != numel:
             raise CorruptCheckpointError(f"{self.folder}: {held} of the {numel} elements asked of {key!r} are there")
 
@@ -74,10 +72,10 @@ class StepReader:
                 return self._chunks[file.name, index]
         begin, end = file.chunk_span(index)
         buffer = mmap.mmap(-1, -(-(end - begin) // ALIGNMENT) * ALIGNMENT)
-        self._files.read(file, True, memoryview(buffer), begin, end - begin)
+        self._files.read(file.name, True, memoryview(buffer), begin, end - begin)
         data = np.frombuffer(buffer, dtype=np.uint8, count=end - begin)
         if digest(data.data) != file.chunks[index]:
-            raise CorruptCheckpointError(_damage(self.folder, file, index))
+            raise CorruptCheckpointError(damage_of(self.folder, file, index))
         with self._lock:
             if (file.name, index) not in self._chunks:
                 self._chunks[file.name, index] = data

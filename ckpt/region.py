@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Region:
+class Region(NamedTuple):
     """Elements [start, stop) of the box at ``offset`` with ``shape``, counted in row-major order of the box."""
 
     offset: tuple[int, ...]

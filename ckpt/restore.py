@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.distributed import ProcessGroup
 
@@ -64,7 +65,7 @@ def load_newest(
 ) -> LoadReport:
     """See :meth:`ckpt.checkpointer.Checkpointer.load`."""
     start = time.monotonic()
-    candidates = _everyone(group, step_folders(root))[0]
+    candidates = everyone(group, step_folders(root))[0]
     if not candidates:
         raise CheckpointError(f"{root}: holds no complete step")
     if iteration is not None and iteration not in candidates:
@@ -73,7 +74,7 @@ def load_newest(
     skipped: dict[int, str] = {}
     for number in order:
         outcome = _attempt(candidates[number], group, shards, partial, optional)
-        failures = [one for one in _everyone(group, outcome if isinstance(outcome, Exception) else None) if one]
+        failures = [one for one in everyone(group, outcome if isinstance(outcome, Exception) else None) if one]
         if not failures:
             assert isinstance(outcome, LoadReport)
             outcome.skipped, outcome.seconds = skipped, time.monotonic() - start
@@ -112,7 +113,7 @@ def _attempt(
     try:
         targets, copies = targets_of(wanted)
         check_targets(manifest, targets, folder)
-        moved = read(folder, manifest, targets, first_file=_rank(group))
+        moved = read(folder, manifest, targets, first_file=rank_in(group))
     except CheckpointError as problem:
         return problem
     for destination, host in copies:
@@ -133,22 +134,22 @@ def _unasked(group: ProcessGroup | None, manifest: Manifest | None, shards: Sequ
     """Return the tensors of the step that no rank asks for. One bit per tensor and rank is exchanged."""
     asked = {shard.key for shard in shards}
     keys = sorted(manifest.tensors) if manifest else []
-    mine = sum(1 << number for number, key in enumerate(keys) if key in asked)
-    every = 0
-    for theirs in _everyone(group, mine):
-        every |= theirs
-    return [key for number, key in enumerate(keys) if not every >> number & 1]
+    mine = np.packbits([key in asked for key in keys]) if keys else np.empty(0, dtype=np.uint8)
+    theirs = [bits for bits in everyone(group, mine) if len(bits) == len(mine)]  # another length: found no manifest
+    every = np.unpackbits(np.bitwise_or.reduce(theirs), count=len(keys))
+    return [keys[number] for number in np.flatnonzero(every == 0)]
 
 
 def _distributed() -> bool:
     return bool(torch.distributed.is_available() and torch.distributed.is_initialized())
 
 
-def _rank(group: ProcessGroup | None) -> int:
+def rank_in(group: ProcessGroup | None) -> int:
+    """Return this process's number in the group."""
     return torch.distributed.get_rank(group) if _distributed() else 0
 
 
-def _everyone(group: ProcessGroup | None, value: Any) -> list[Any]:
+def everyone(group: ProcessGroup | None, value: Any) -> list[Any]:
     """Return the value of every rank, in order."""
     if not _distributed() or torch.distributed.get_world_size(group) == 1:
         return [value]

@@ -11,15 +11,16 @@ from pathlib import Path
 import numpy as np
 
 from ckpt.errors import CheckpointError
-from ckpt.manifest import Manifest, digest, piece_record, seal, tensor_records
+from ckpt.manifest import Manifest, digest, piece_record, tensor_records
 from ckpt.rankfile import FilePlan, Part, plan_file
-from ckpt.reader import Target, read
+from ckpt.reader import read
 from ckpt.region import Region
 from ckpt.steps import check_step, partial_dir, step_dir
 from ckpt.storage import ALIGNMENT, PosixStorage
+from ckpt.transfer import Target
 from ckpt.writer.arena import CHUNK_BYTES
-from ckpt.writer.commit import CommitOrder, commit
-from ckpt.writer.part import part_name
+from ckpt.writer.commit import CommitOrder, Committer
+from ckpt.writer.record import Layout, Record, file_name, part_name
 
 
 def rewrite(folder: Path, root: Path, files: int, progress: Callable[[int], None] | None = None) -> Path:
@@ -51,7 +52,7 @@ def rewrite(folder: Path, root: Path, files: int, progress: Callable[[int], None
         libraries=manifest.libraries,
         score=manifest.score,
     )
-    return commit(order, storage)
+    return Committer(storage).commit(order)
 
 
 def _parts(manifest: Manifest, number: int, files: int) -> list[Part]:
@@ -84,7 +85,7 @@ def _write_file(
         targets.append(Target(piece.key, info, piece.region, content[piece.begin : end]))
     read(folder, manifest, targets, progress=progress)
     storage = PosixStorage()
-    name = f"rank_{number:05d}.safetensors"
+    name = file_name(number)
     fd = storage.create(partial / name, plan.size)
     chunks = []
     for begin in range(0, plan.size, CHUNK_BYTES):
@@ -93,10 +94,9 @@ def _write_file(
         storage.write_at(fd, memoryview(memory)[begin : -(-end // ALIGNMENT) * ALIGNMENT], begin)
     storage.finish(fd, plan.size)
     file = {"name": name, "bytes": plan.size, "chunk_bytes": CHUNK_BYTES, "chunks": chunks}
-    file |= {"pieces": [piece_record(piece) for piece in plan.pieces]}
-    record = {"save_id": save_id, "tensors": tensor_records(plan.tensors), "file": file}
-    storage.write_small(partial / part_name(number, save_id), seal("part", record))
+    layout = Layout.of([piece_record(piece) for piece in plan.pieces], tensor_records(plan.tensors))
     storage.sync_folder(partial)
+    storage.write_small(partial / part_name(number, save_id), Record(save_id, file, layout).to_bytes(), durable=False)
 
 
 def difference(first: Path, second: Path, progress: Callable[[int], None] | None = None) -> dict[str, str]:

@@ -20,6 +20,8 @@ class Save:
     """Seconds for which the call held training up."""
     waited_s: float = 0.0
     """Seconds of them spent waiting for the save before; 0 is normal."""
+    local_s: float | None = None
+    """Seconds until this rank's file was safe on the node's own disk; None while it is not, or without such a tier."""
     part_s: float | None = None
     """Seconds until this rank's file was safe on the disk; None while it is not."""
     durable_s: float | None = None
@@ -36,6 +38,11 @@ class Save:
     def done(self) -> bool:
         """Whether nothing more will happen to this save, good or bad, that this rank hears of."""
         return self.error is not None or (self.durable_s if self.commits else self.part_s) is not None
+
+    @property
+    def holds_arena(self) -> bool:
+        """Whether the staging memory is still needed for this save."""
+        return not self.done and self.part_s is None and self.local_s is None
 
     @property
     def failed(self) -> bool:

@@ -16,7 +16,7 @@ from ckpt.manifest import MANIFEST, Manifest, read_manifest
 
 LATEST, PARTIAL, OLD = "latest", ".partial", ".old"
 _STEP = re.compile(r"^iter_(\d{7,})(\.old)?$")
-_LEFTOVER = re.compile(r"^iter_\d{7,}\.([0-9a-f]+)-(\d+)\.partial$")
+_LEFTOVER = re.compile(r"^iter_(\d{7,})\.([0-9a-f]+)-(\d+)\.partial$")
 
 
 def step_dir(root: Path, iteration: int) -> Path:
@@ -40,7 +40,13 @@ def is_leftover(name: str, save_id: str) -> bool:
         return False
     match = _LEFTOVER.match(name)
     session, _, number = save_id.rpartition("-")
-    return match is None or match.group(1) != session or int(match.group(2)) < int(number)
+    return match is None or match.group(2) != session or int(match.group(3)) < int(number)
+
+
+def partial_saves(root: Path) -> list[tuple[int, str, Path]]:
+    """Return (iteration, save_id, folder) of the saves under ``root`` that have no step's name."""
+    matches = [_LEFTOVER.match(path.name) for path in root.iterdir()] if root.is_dir() else []
+    return [(int(m[1]), f"{m[2]}-{m[3]}", root / m[0]) for m in matches if m]
 
 
 def step_folders(root: Path) -> dict[int, Path]:

@@ -40,8 +40,8 @@ class Storage(Protocol):
     def discard(self, fd: int) -> None:
         """Close a file that will not be used; never fails."""
 
-    def write_small(self, path: Path, data: bytes) -> None:
-        """Write a file at once: durable, and complete whenever its name is there."""
+    def write_small(self, path: Path, data: bytes, durable: bool = True) -> None:
+        """Write a file at once: complete whenever its name is there, and safe from a power loss if ``durable``."""
 
     def rename(self, old: Path, new: Path) -> None:
         """Rename a file or folder; an existing file is replaced, an existing folder is not."""
@@ -126,7 +126,7 @@ class PosixStorage:
         with contextlib.suppress(OSError):
             os.close(fd)
 
-    def write_small(self, path: Path, data: bytes) -> None:
+    def write_small(self, path: Path, data: bytes, durable: bool = True) -> None:
         """Write under a temporary name, sync, rename."""
         temporary = path.with_name(path.name + ".tmp")
         fd = self.call("create", os.open, temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -134,7 +134,8 @@ class PosixStorage:
             rest = memoryview(data)
             while len(rest):
                 rest = rest[self.call("write", os.write, fd, rest) :]
-            self.call("fsync", os.fsync, fd)
+            if durable:
+                self.call("fsync", os.fsync, fd)
         finally:
             self.discard(fd)
         self.call("rename", os.replace, temporary, path)

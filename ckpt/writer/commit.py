@@ -2,8 +2,8 @@
 
 The order of the operations is the crash safety; tests/ckpt/test_power_loss.py cuts it everywhere:
 
-    every rank:  data synced -> rank_N.part.json (synced) -> folder synced
-    first rank:  all parts there and complete -> manifest.json (synced) -> folder synced
+    every rank:  data synced -> folder synced -> rank_N.part.json
+    first rank:  all parts there and complete -> manifest.json (synced) -> parts' records removed -> folder synced
                  -> an existing step of this number is renamed to iter_N.old -> rename to iter_N -> root synced
                  -> latest -> what is no longer needed is removed
 """
@@ -11,19 +11,21 @@ The order of the operations is the crash safety; tests/ckpt/test_power_loss.py c
 from __future__ import annotations
 
 import contextlib
+import json
 import math
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ckpt.errors import CheckpointError, CorruptCheckpointError
-from ckpt.manifest import FORMAT, MANIFEST, VERSION, Manifest, parse_manifest, seal, unseal
+from ckpt.manifest import FORMAT, MANIFEST, VERSION, Manifest, compact, parse_manifest, seal_text
 from ckpt.region import Region, tiling_error
 from ckpt.retention import Retention, prune
 from ckpt.steps import LATEST, PARTIAL, is_leftover, old_dir, step_dir
 from ckpt.storage import Storage
-from ckpt.writer.part import failure_name, part_name
+from ckpt.writer.record import Record, commit_name, failure_name, part_name, read_record
 
 
 @dataclass
@@ -40,7 +42,6 @@ class CommitOrder:
     layout: dict[str, Any] = field(default_factory=dict)
     libraries: dict[str, str] = field(default_factory=dict)
     retention: dict[str, Any] = field(default_factory=dict)
-    node: str | None = None
     score: float | None = None
     publish: bool = True
     """Rename the folder to the step's name; False leaves it where it is (its name is the caller's)."""
@@ -51,37 +52,70 @@ class CommitOrder:
         return self.folder / f"{self.save_id}.failed"
 
 
-def commit(order: CommitOrder, storage: Storage) -> Path:
-    """Wait for the parts and publish the step; return its folder.
+class Committer:
+    """Commits saves one at a time, though several may wait for their parts.
 
-    Raises:
-        CheckpointError: a rank failed, took too long, or the parts do not make whole tensors.
-        OSError: the disk refused. The folder under the temporary name is removed then.
+    It remembers which parts it found to make whole tensors, so that equal ones need not be looked at again.
     """
-    try:
-        _wait_for_parts(order, storage)
-        storage.write_small(order.folder / MANIFEST, seal("manifest", _merge(order)))
-        for rank in order.ranks:
-            storage.unlink(order.folder / part_name(rank, order.save_id))
-        storage.sync_folder(order.folder)
-        if not order.publish:
-            return order.folder
-        final = _publish(order, storage)
-    except BaseException:
-        if order.publish:
-            storage.remove_tree(order.folder)
-        else:
-            with contextlib.suppress(OSError):
-                storage.write_small(order.failure, b"")
-        raise
-    with contextlib.suppress(OSError):  # the step is safe; what follows is convenience
-        _tidy(order, storage)
-    return final
+
+    def __init__(self, storage: Storage) -> None:
+        """Commit to ``storage``."""
+        self.storage = storage
+        self._lock = threading.Lock()
+        self._key: Any = None
+        self._tensors = b""
+
+    def commit(self, order: CommitOrder) -> Path:
+        """Wait for the parts and publish the step; return its folder.
+
+        Raises:
+            CheckpointError: a rank failed, took too long, or the parts do not make whole tensors.
+            OSError: the disk refused. The folder under the temporary name is removed then.
+        """
+        try:
+            _wait_for_parts(order, self.storage)
+            with self._lock:  # or the tidying of a newer save would take the older one's folder
+                self._complete(order)
+                if not order.publish:
+                    return order.folder
+                final = _publish(order, self.storage)
+                with contextlib.suppress(OSError):  # the step is safe; what follows is convenience
+                    _tidy(order, self.storage)
+                return final
+        except BaseException:
+            if order.publish:
+                self.storage.remove_tree(order.folder)
+            else:
+                with contextlib.suppress(OSError):
+                    self.storage.write_small(order.failure, b"")
+            raise
+
+    def _complete(self, order: CommitOrder) -> None:
+        """Write the manifest, and remove the files that only the commit needs."""
+        records = [_record(order, rank) for rank in order.ranks]
+        text = _manifest(order, records, self._checked_tensors(order, records))
+        self.storage.write_small(order.folder / MANIFEST, seal_text("manifest", text))
+        done = {part_name(rank, order.save_id) for rank in order.ranks} | {commit_name(order.save_id)}
+        for name in self.storage.names(order.folder):
+            if name in done:
+                self.storage.unlink(order.folder / name)
+        self.storage.sync_folder(order.folder)
+
+    def _checked_tensors(self, order: CommitOrder, records: list[Record]) -> bytes:
+        """Return the table of all tensors as JSON text, if the parts make whole tensors, each element written once."""
+        key = [record.key for record in records]
+        if key != self._key:
+            tensors = compact(_merged(order, records))
+            manifest = parse_manifest(json.loads(_manifest(order, records, tensors)), order.folder / MANIFEST)
+            check_complete(manifest)
+            self._key, self._tensors = key, tensors
+        return self._tensors
 
 
 def _wait_for_parts(order: CommitOrder, storage: Storage) -> None:
-    deadline, pause = time.monotonic() + order.timeout_s, 0.002
+    start = time.monotonic()
     while True:
+        waited = time.monotonic() - start
         names = set(storage.names(order.folder))
         failed = [rank for rank in order.ranks if failure_name(rank, order.save_id) in names]
         if failed:
@@ -89,47 +123,48 @@ def _wait_for_parts(order: CommitOrder, storage: Storage) -> None:
         missing = [rank for rank in order.ranks if part_name(rank, order.save_id) not in names]
         if not missing:
             return
-        if time.monotonic() > deadline:
+        if waited > order.timeout_s:
             raise CheckpointError(
                 f"{len(missing)} of {len(order.ranks)} ranks did not finish within {order.timeout_s:g} s, "
                 f"the first of them is rank {missing[0]}"
             )
-        time.sleep(pause)
-        pause = min(pause * 1.5, 0.2)
+        time.sleep(min(0.002 + waited / 20, 0.2))
 
 
-def _merge(order: CommitOrder) -> dict[str, Any]:
-    """Return the JSON value of the manifest; the parts must make whole tensors, each element written once."""
+def _record(order: CommitOrder, rank: int) -> Record:
+    path = order.folder / part_name(rank, order.save_id)
+    record = read_record(path)
+    if record.save_id != order.save_id:
+        raise CorruptCheckpointError(f"{path}: belongs to save {record.save_id}, not to {order.save_id}")
+    return record
+
+
+def _merged(order: CommitOrder, records: list[Record]) -> dict[str, Any]:
+    """Return the table of all tensors; ranks must agree on what they have in common."""
     tensors: dict[str, Any] = {}
-    files = []
-    for rank in order.ranks:
-        path = order.folder / part_name(rank, order.save_id)
-        part = unseal("part", path.read_bytes(), path)
-        if part["save_id"] != order.save_id:
-            raise CorruptCheckpointError(f"{path}: belongs to save {part['save_id']}, not to {order.save_id}")
-        for key, record in part["tensors"].items():
-            if tensors.setdefault(key, record) != record:
-                raise CheckpointError(f"rank {rank} describes {key!r} as {record}, another rank as {tensors[key]}")
-        files.append(part["file"])
-    value = {
+    for rank, record in zip(order.ranks, records, strict=True):
+        for key, described in json.loads(record.layout.tensors).items():
+            if tensors.setdefault(key, described) != described:
+                raise CheckpointError(f"rank {rank} describes {key!r} as {described}, another rank as {tensors[key]}")
+    return tensors
+
+
+def _manifest(order: CommitOrder, records: list[Record], tensors: bytes) -> bytes:
+    """Return the value of the manifest as JSON text; what is large in it is text already."""
+    head = {
         "format": FORMAT,
         "version": VERSION,
         "iteration": order.iteration,
         "save_id": order.save_id,
         "created": time.time(),
         "world_size": len(order.ranks),
-        "node": order.node,
         "layout": order.layout,
         "libraries": order.libraries,
         "common": order.common,
         "score": order.score,
-        "tensors": tensors,
-        "files": files,
     }
-    manifest = parse_manifest(value, order.folder / MANIFEST)
-    if order.node is None:
-        check_complete(manifest)
-    return value
+    files = [b'%s,"pieces":%s}' % (compact(record.file)[:-1], record.layout.pieces) for record in records]
+    return b'%s,"tensors":%s,"files":[%s]}' % (compact(head)[:-1], tensors, b",".join(files))
 
 
 def check_complete(manifest: Manifest) -> None:

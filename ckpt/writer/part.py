@@ -1,4 +1,9 @@
-"""Write one rank's file from the arena: hash and write chunk by chunk while the rank still stages. Torch-free."""
+"""Write one rank's file from the arena, chunk by chunk, while the rank still stages. Torch-free.
+
+Writing past the page cache costs the processor next to nothing, so it begins at once; hashing costs some and waits
+until the rank has staged everything, so that the two do not fight for a core while training stands still. (An arena
+smaller than the file cannot wait: there room is made by writing and hashing.)
+"""
 
 from __future__ import annotations
 
@@ -7,14 +12,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from ckpt.manifest import digest, seal
+from ckpt.manifest import digest
 from ckpt.storage import Storage
 from ckpt.writer.arena import CHUNK_BYTES, Arena
+from ckpt.writer.record import Layout, Record, failure_name, file_name, part_name
 
 THREADS = 2
-"""Writing threads: one hashes while the other waits for the disk."""
+"""Writing threads: one prepares while the other waits for the disk."""
 
 
 class SaveAbortedError(RuntimeError):
@@ -31,29 +36,21 @@ class PartOrder:
     """The step's folder under its temporary name."""
     size: int
     """Bytes of the file."""
-    pieces: list[Any]
-    """JSON form of what lies in the file."""
-    tensors: dict[str, Any]
-    """JSON form of the tensors that the pieces are parts of."""
+    layout: Layout
+    """What lies in the file."""
 
     @property
     def file_name(self) -> str:
         """Name of the rank's file."""
-        return f"rank_{self.rank:05d}.safetensors"
+        return file_name(self.rank)
 
 
-def part_name(rank: int, save_id: str) -> str:
-    """Return the name of the file that says a rank's part is complete."""
-    return f"rank_{rank:05d}.{save_id}.part.json"
-
-
-def failure_name(rank: int, save_id: str) -> str:
-    """Return the name of the file that says a rank's part will never be complete."""
-    return f"rank_{rank:05d}.{save_id}.failed"
-
-
-def write_part(order: PartOrder, arena: Arena, storage: Storage, parent_alive: Callable[[], bool]) -> int:
+def write_part(
+    order: PartOrder, arena: Arena, storage: Storage, parent_alive: Callable[[], bool], durable: bool = False
+) -> int:
     """Write and sync the file of this rank, then the record that says so. Returns the bytes written.
+
+    Only those alive need the record, unless it is ``durable``: a save that a power loss interrupts is thrown away.
 
     Raises:
         OSError: the disk refused.
@@ -68,10 +65,11 @@ def write_part(order: PartOrder, arena: Arena, storage: Storage, parent_alive: C
         raise
     storage.finish(fd, order.size)
     file = {"name": order.file_name, "bytes": order.size, "chunk_bytes": CHUNK_BYTES, "chunks": chunks}
-    record = {"save_id": order.save_id, "tensors": order.tensors, "file": file | {"pieces": order.pieces}}
     storage.sync_folder(order.folder)
-    storage.write_small(order.folder / part_name(order.rank, order.save_id), seal("part", record))
-    storage.sync_folder(order.folder)
+    record = Record(order.save_id, file, order.layout).to_bytes()
+    storage.write_small(order.folder / part_name(order.rank, order.save_id), record, durable)
+    if durable:
+        storage.sync_folder(order.folder)
     return order.size
 
 
@@ -88,26 +86,32 @@ def report_failure(order: PartOrder, storage: Storage) -> None:
 
 
 class _Progress:
-    """Which chunks are done, shared by the writing threads."""
+    """Which chunks are written and which are hashed, shared by the threads."""
 
     def __init__(self, count: int, arena: Arena, size: int) -> None:
         self.lock = threading.Lock()
         self.hashes: list[str | None] = [None] * count
+        self.written = [False] * count
         self.next = self.done = 0
         self.arena, self.size = arena, size
         self.error: BaseException | None = None
 
     def take(self) -> int | None:
+        """Return a chunk that nobody writes yet."""
         with self.lock:
             if self.error or self.next == len(self.hashes):
                 return None
             self.next += 1
             return self.next - 1
 
-    def finish(self, index: int, chunk_hash: str) -> None:
+    def finish(self, index: int, chunk_hash: str | None = None) -> None:
+        """Note that a chunk is written, or its hash; the arena's place is free when both are there."""
         with self.lock:
-            self.hashes[index] = chunk_hash
-            while self.done < len(self.hashes) and self.hashes[self.done] is not None:
+            if chunk_hash is None:
+                self.written[index] = True
+            else:
+                self.hashes[index] = chunk_hash
+            while self.done < len(self.hashes) and self.written[self.done] and self.hashes[self.done] is not None:
                 self.done += 1
             self.arena.written = min(self.done * CHUNK_BYTES, self.size)
             self.arena.tick()
@@ -116,19 +120,39 @@ class _Progress:
 def _write_chunks(size: int, fd: int, arena: Arena, storage: Storage, parent_alive: Callable[[], bool]) -> list[str]:
     progress = _Progress(-(-size // CHUNK_BYTES), arena, size)
 
-    def work() -> None:
+    def span(index: int) -> tuple[int, int]:
+        return index * CHUNK_BYTES, min((index + 1) * CHUNK_BYTES, size)
+
+    def wait_until_staged(end: int) -> None:
+        while arena.staged < end:
+            if progress.error or arena.aborted or not parent_alive():
+                raise SaveAbortedError("the rank gave the save up, or died, before it had handed everything over")
+            arena.tick()
+            time.sleep(0.001)
+
+    def write() -> None:
+        while (index := progress.take()) is not None:
+            begin, end = span(index)
+            wait_until_staged(end)
+            storage.write_at(fd, arena.slot(begin, end), begin)
+            progress.finish(index)
+
+    def hash_all() -> None:
+        if arena.capacity >= size:
+            wait_until_staged(size)
+        for index in range(len(progress.hashes)):
+            begin, end = span(index)
+            wait_until_staged(end)
+            progress.finish(index, digest(arena.slot(begin, end)[: end - begin]))
+
+    def guarded(work: Callable[[], None]) -> None:
         try:
-            while (index := progress.take()) is not None:
-                begin, end = index * CHUNK_BYTES, min((index + 1) * CHUNK_BYTES, size)
-                _wait_until_staged(end, arena, parent_alive)
-                data = arena.slot(begin, end)
-                chunk_hash = digest(data[: end - begin])
-                storage.write_at(fd, data, begin)
-                progress.finish(index, chunk_hash)
+            work()
         except BaseException as error:
             progress.error = progress.error or error
 
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(THREADS)]
+    works = [hash_all, *[write] * THREADS]
+    threads = [threading.Thread(target=guarded, args=(work,), daemon=True) for work in works]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -136,11 +160,3 @@ def _write_chunks(size: int, fd: int, arena: Arena, storage: Storage, parent_ali
     if progress.error:
         raise progress.error
     return [chunk for chunk in progress.hashes if chunk is not None]
-
-
-def _wait_until_staged(end: int, arena: Arena, parent_alive: Callable[[], bool]) -> None:
-    while arena.staged < end:
-        if arena.aborted or not parent_alive():
-            raise SaveAbortedError("the rank gave the save up, or died, before it had handed everything over")
-        arena.tick()
-        time.sleep(0.001)

@@ -55,3 +55,9 @@ class RunConfig(Section):
     def checkpoint_dir(self) -> Path:
         """Where this run saves."""
         return self.run_dir / "checkpoints"
+
+    @property
+    def local_checkpoint_dir(self) -> Path | None:
+        """Where this run saves first, on each node's own disk; None without that tier."""
+        folder = self.checkpoint.local_dir
+        return None if folder is None else Path(folder.format(name=self.run.name)) / "checkpoints"

@@ -280,6 +280,9 @@ class CheckpointConfig(Section):
     """Steps whose iteration is a multiple of this stay as well."""
     max_host_bytes: PositiveInt | None = None
     """Cap of a rank's staging memory; None takes as much as its part of a step. Less makes saves wait for the disk."""
+    local_dir: str | None = None
+    """Folder on each node's own disk ({name} is replaced). Steps are written there first and copied to the run folder
+    in the background; a restart completes what was not copied yet. None writes to the run folder at once."""
     commit_timeout_s: PositiveFloat = 600.0
     """How long a save waits for the slowest rank's file before it counts as failed."""
     stall_timeout_s: PositiveFloat = 300.0

@@ -19,6 +19,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from ckpt.checkpointer import Checkpointer
 from ckpt.retention import Retention
+from ckpt.tiers import recover
 from megatron_zaya.compat import cpu
 from megatron_zaya.config import RunConfig, dump_config
 from megatron_zaya.data.datasets import Datasets, build_datasets, order_fingerprint
@@ -195,6 +196,7 @@ def build_callbacks(config: RunConfig, env: RankContext) -> Sequence[Callback]:
         max_host_bytes=wanted.max_host_bytes,
         commit_timeout_s=wanted.commit_timeout_s,
         stall_timeout_s=wanted.stall_timeout_s,
+        local=config.local_checkpoint_dir,
     )
     callbacks.append(SaveCheckpoints(checkpointer, wanted.save_interval, wanted.save_at_end))
     callbacks.append(Drills(env.supervision.drill, env.rank, env.supervision.attempt))
@@ -254,6 +256,8 @@ def build_job(config: RunConfig, env: RankContext, device: torch.device) -> Trai
     job.parameters, job.optimizer_summary = _count_parameters(config, rows), table.summary(rows)
     job.peak_tflops = config.telemetry.peak_tflops or peak_tflops(device)
     news: list[Event] = []
+    if config.local_checkpoint_dir is not None:
+        recover(config.checkpoint_dir, config.local_checkpoint_dir)
     start = checkpoint_to_load(config)
     if start is not None:
         report = load_job(job, *start)

@@ -90,10 +90,15 @@ def job(tmp_path):
         checkpointer.close()
 
 
-@pytest.mark.parametrize(
-    ("rank", "replacing", "keep_last", "least"),
-    [(0, False, None, 30), (0, True, None, 37), (0, False, 1, 37), (1, False, None, 10), (1, True, None, 10)],
-)
+WALKS = [(0, False, None, 30), (0, True, None, 37), (0, False, 1, 37), (1, False, None, 10), (1, True, None, 10)]
+"""Rank, whether it replaces a step, retention, and the system calls that there are at least."""
+
+
+def test_the_points_are_200_and_more():
+    assert sum(walk[-1] for walk in WALKS) + RANDOM_WRITER + RANDOM_RANK + RANDOM_ALL >= 200
+
+
+@pytest.mark.parametrize(("rank", "replacing", "keep_last", "least"), WALKS)
 def test_a_writer_killed_before_any_system_call(job, rank, replacing, keep_last, least):
     """Walk through all calls until a save passes without reaching the fault; ``least`` of them there must be."""
     job.ranks[0].retention = Retention(keep_last=keep_last)

@@ -56,7 +56,12 @@ RUNS = {
         "checkpoint.load={muon}",
         "checkpoint.load_iteration=3",
     ],
-    "bf16": ["run.name=bf16", "run.precision=bf16", "checkpoint.save_interval=3"],
+    "bf16": [
+        "run.name=bf16",
+        "run.precision=bf16",
+        "checkpoint.save_interval=3",
+        "checkpoint.local_dir={bf16}/node/{{name}}",
+    ],
     "bf16_resumed": [
         "run.name=bf16_resumed",
         "run.precision=bf16",
@@ -107,6 +112,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(two_ranks, resume
     _, figures, _ = two_ranks
     assert set(figures[resumed]) == {4, 5, 6}
     assert all(figures[resumed][i] == figures[whole][i] for i in (4, 5, 6))
+
+
+def test_steps_pass_through_the_nodes_own_disk(two_ranks):
+    _, _, folders = two_ranks
+    local = folders["bf16"] / "node" / "bf16" / "checkpoints"
+    assert local.is_dir()
+    assert not list(local.iterdir()), "what is in the run folder is removed from the node"
+    assert len(list((folders["bf16"] / "checkpoints").glob("iter_*/rank_00001.safetensors"))) == 2
 
 
 @pytest.mark.parametrize("other", ["micro_batches", "plain", "allgather", "overlapped"])
