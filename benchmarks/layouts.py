@@ -95,8 +95,7 @@ def take_steps(config: Any, env: Any, device: Any, count: int) -> list[float]:
     """Build the job, take one step more than ``count`` and return the seconds of each but the first."""
     import torch
 
-    from megatron_zaya.parallel.groups import release_process_groups
-    from megatron_zaya.train.setup import build_job
+    from megatron_zaya.train.setup import build_job, release_job
     from megatron_zaya.train.step import train_step
 
     job = build_job(config, env, device)
@@ -107,7 +106,7 @@ def take_steps(config: Any, env: Any, device: Any, count: int) -> list[float]:
         train_step(job)
         torch.distributed.barrier()
         seconds.append(time.perf_counter() - began)
-    release_process_groups()
+    release_job(job)
     return seconds[1:]
 
 

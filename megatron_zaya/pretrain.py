@@ -53,10 +53,9 @@ def main(argv: list[str]) -> int:
     heartbeat.beat("imports")
     import_megatron()
     # torch and Megatron-Core are imported only now: a mistake in the input is reported in a second.
-    from megatron_zaya.parallel.groups import release_process_groups
     from megatron_zaya.train.loop import train
     from megatron_zaya.train.report import phase_started
-    from megatron_zaya.train.setup import build_callbacks, build_job, distributed_world
+    from megatron_zaya.train.setup import build_callbacks, build_job, distributed_world, release_job
 
     heartbeat.beat("join")
     with distributed_world(config, env) as device:
@@ -69,7 +68,7 @@ def main(argv: list[str]) -> int:
                 reason = train(job, build_callbacks(phase, env))
             finally:
                 job.events.close()
-            release_process_groups()  # the next phase may have another layout
+            release_job(job)  # the next phase may have another layout
             if reason != "finished":
                 break
     return 0

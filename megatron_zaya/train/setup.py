@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import os
 import signal
 from collections.abc import Iterator, Sequence
@@ -286,3 +287,19 @@ def build_job(config: RunConfig, env: RankContext, device: torch.device) -> Trai
         (config.run_dir / "optimizer.txt").write_text(table.text(rows), encoding="utf-8")
     job.heartbeat.beat("first step", job.state.iteration)
     return job
+
+
+def release_job(job: TrainingJob) -> None:
+    """Free a job's memory and process groups, for the next job of this process. Collective; ends the job's use.
+
+    Hooks of Megatron-Core's DistributedDataParallel, and views of parameters that its optimizer keeps, hold the model
+    through autograd's nodes, where the garbage collector does not follow: gradients, optimizer state, sockets and
+    threads would stay.
+    """
+    for chunk in job.model:
+        chunk.grad_accs.clear()
+        chunk.config.grad_scale_func = None
+    job.model.clear()
+    del job.optimizer, job.scheduler, job.balancer
+    gc.collect()
+    release_process_groups()

@@ -22,9 +22,8 @@ REFERENCES = {"plain": "one", "packed": "one_packed", "deep": "one_deep"}
 def measure(run_file: Path, layouts: dict[str, dict]) -> dict[str, dict]:
     """Run on each rank: for every layout, its shards of logits and gradients, and the figures of the first steps."""
     from launch.env import read_rank_env
-    from megatron_zaya.parallel.groups import release_process_groups
     from megatron_zaya.plan.layout import check_layout
-    from megatron_zaya.train.setup import build_job, distributed_world
+    from megatron_zaya.train.setup import build_job, distributed_world, release_job
     from megatron_zaya.train.step import evaluate
 
     use_one_exchange()
@@ -46,13 +45,13 @@ def measure(run_file: Path, layouts: dict[str, dict]) -> dict[str, dict]:
             check_layout(whole, env.world_size)
             job = build_job(whole, env, device)
             result = {"logits": logits_of(job), "gradients": gradients_of(job)}
-            release_process_groups()
+            release_job(job)
             job = build_job(load_config(run_file, overrides), env, device)
             result["curve"] = curve_of(job)
             result["evaluation"] = evaluate(job)
             if name in (REFERENCES["plain"], *SAVED):
                 save(job)
-            release_process_groups()
+            release_job(job)
             result["seconds"] = time.perf_counter() - began
             result["processor_seconds"] = time.process_time() - busy
             results[name] = result
@@ -79,8 +78,7 @@ def changes(run_file: Path, variant: str) -> list[str]:
 
 def make_start(run_file: Path, variant: str, env, device) -> None:
     """Train two steps on this one rank and save: the global checkpoint that every layout starts from."""
-    from megatron_zaya.parallel.groups import release_process_groups
-    from megatron_zaya.train.setup import build_job
+    from megatron_zaya.train.setup import build_job, release_job
     from megatron_zaya.train.step import train_step
 
     config = load_config(run_file, [f"run.name=start_{variant}", *changes(run_file, variant)])
@@ -88,7 +86,7 @@ def make_start(run_file: Path, variant: str, env, device) -> None:
     for _ in range(2):
         train_step(job)
     save(job)
-    release_process_groups()
+    release_job(job)
 
 
 def save(job) -> None:
@@ -104,8 +102,7 @@ def save(job) -> None:
 def resume(run_file: Path, names: list[str]) -> dict[str, float]:
     """Run on one rank: load what each layout saved after its curve; return the loss of the next step."""
     from launch.env import read_rank_env
-    from megatron_zaya.parallel.groups import release_process_groups
-    from megatron_zaya.train.setup import build_job, distributed_world
+    from megatron_zaya.train.setup import build_job, distributed_world, release_job
     from megatron_zaya.train.step import train_step
 
     env = read_rank_env()
@@ -116,7 +113,7 @@ def resume(run_file: Path, names: list[str]) -> dict[str, float]:
             job = build_job(load_config(run_file, ["run.name=resumed", f"checkpoint.load={folder}"]), env, device)
             assert job.state.iteration == STEPS
             losses[name] = train_step(job).loss
-            release_process_groups()
+            release_job(job)
     return losses
 
 

@@ -45,9 +45,8 @@ def origin(layout: str) -> str | None:
 def train_layouts(run_file: Path, layouts: dict[str, dict]) -> dict[str, dict]:
     """Run on each rank: train every layout; return its parts of the parameters and what spans how many ranks."""
     from launch.env import read_rank_env
-    from megatron_zaya.parallel.groups import release_process_groups
     from megatron_zaya.plan.layout import check_layout
-    from megatron_zaya.train.setup import build_callbacks, build_job, distributed_world
+    from megatron_zaya.train.setup import build_callbacks, build_job, distributed_world, release_job
     from megatron_zaya.train.step import train_step
 
     env = read_rank_env()
@@ -76,7 +75,7 @@ def train_layouts(run_file: Path, layouts: dict[str, dict]) -> dict[str, dict]:
             ]
             spans = {len(m.pieces) for part in job.optimizer.chained_optimizers for m in part.plan.matrices}
             results[name] = {"parts": parts, "norms": [f.grad_norm for f in figures], "spans": spans}
-            release_process_groups()
+            release_job(job)
     return results
 
 

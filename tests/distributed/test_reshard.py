@@ -116,9 +116,8 @@ def work(run_file: Path, folder: Path, tasks: list[tuple[str, Pair]]) -> list[di
     """Run on each rank: the tasks ("write", "read" or "back", pair) in turn."""
     from ckpt.checkpointer import Checkpointer
     from launch.env import read_rank_env
-    from megatron_zaya.parallel.groups import release_process_groups
     from megatron_zaya.train.checkpoint import save_job
-    from megatron_zaya.train.setup import build_job, distributed_world
+    from megatron_zaya.train.setup import build_job, distributed_world, release_job
     from megatron_zaya.train.step import train_step
 
     env = read_rank_env()
@@ -143,7 +142,7 @@ def work(run_file: Path, folder: Path, tasks: list[tuple[str, Pair]]) -> list[di
                 torch.distributed.barrier()
             assert job.state.iteration == BEFORE
             result["curve"] = curve(job)
-            release_process_groups()
+            release_job(job)
             results.append(result)
     return results
 

@@ -47,9 +47,8 @@ def losses_and_gradients(job, attach) -> tuple[float, dict[str, torch.Tensor], o
 def replay_in_turn(path: Path, layouts: dict[str, dict]) -> dict[str, dict]:
     """Run on each rank, for every layout: record, replay, force others."""
     from launch.env import read_rank_env
-    from megatron_zaya.parallel.groups import release_process_groups
     from megatron_zaya.train.router_replay import recording, replaying
-    from megatron_zaya.train.setup import build_job, distributed_world
+    from megatron_zaya.train.setup import build_job, distributed_world, release_job
 
     env = read_rank_env()
     results = {}
@@ -72,7 +71,7 @@ def replay_in_turn(path: Path, layouts: dict[str, dict]) -> dict[str, dict]:
                 "dp": job.pg_collection.dp.rank(),
                 "divergence": (max(replay.divergence().values()), min(away.divergence().values())),
             }
-            release_process_groups()
+            release_job(job)
     return results
 
 

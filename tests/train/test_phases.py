@@ -55,9 +55,8 @@ def recipe(tmp_path_factory, text_prefix) -> Path:
 def run_all(run_file: Path, overrides: list[list[str]]) -> None:
     """Run on each rank: every phase that is left, for each list of overrides."""
     from launch.env import read_rank_env
-    from megatron_zaya.parallel.groups import release_process_groups
     from megatron_zaya.train.loop import train
-    from megatron_zaya.train.setup import build_callbacks, build_job, distributed_world
+    from megatron_zaya.train.setup import build_callbacks, build_job, distributed_world, release_job
 
     env = read_rank_env()
     with distributed_world(load_config(run_file), env) as device:
@@ -66,7 +65,7 @@ def run_all(run_file: Path, overrides: list[list[str]]) -> None:
                 job = build_job(phase, env, device)
                 assert train(job, build_callbacks(phase, env)) == "finished"
                 job.events.close()
-                release_process_groups()
+                release_job(job)
 
 
 def figures(config) -> dict[str, dict[int, tuple]]:

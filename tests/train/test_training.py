@@ -16,9 +16,8 @@ KEYS = ("loss", "grad_norm", "learning_rate", "skip_rate", "max_expert_load")
 def train_runs(run_file: Path, runs: list[list[str]]) -> list[dict[int, tuple]]:
     """Run on each rank: train every list of overrides in turn; return the steps' figures of each, on rank 0."""
     from launch.env import read_rank_env
-    from megatron_zaya.parallel.groups import release_process_groups
     from megatron_zaya.train.loop import train
-    from megatron_zaya.train.setup import build_callbacks, build_job, distributed_world
+    from megatron_zaya.train.setup import build_callbacks, build_job, distributed_world, release_job
 
     env = read_rank_env()
     figures = []
@@ -29,7 +28,7 @@ def train_runs(run_file: Path, runs: list[list[str]]) -> list[dict[int, tuple]]:
             assert train(job, build_callbacks(config, env)) == "finished"
             job.events.close()
             assert job.state.consumed_samples == job.state.iteration * config.schedule.global_batch_size
-            release_process_groups()
+            release_job(job)
             if env.rank == 0:
                 steps = steps_by_iteration(config.run_dir / "metrics.jsonl")
                 figures.append({i: tuple(step[key] for key in KEYS) for i, step in steps.items()})
