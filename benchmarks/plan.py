@@ -64,35 +64,41 @@ LAYOUTS = """
 8 0 tp=4 ep=4 mbs=2 gbs=4
 8 0 tp=2 ep=4 etp=2 mbs=2 gbs=8
 8 0 cp=8 ep=8 mbs=1 gbs=1 seq=32768
-8 4 pp=2 ep=4 mbs=1 gbs=16
 16 0 ep=16 mbs=2 gbs=32
-16 8 pp=2 ep=8 mbs=2 gbs=32
-32 0 pp=4 ep=8 mbs=1 gbs=64
-32 8 pp=4 ep=8 mbs=1 gbs=64
-32 24 pp=4 ep=8 mbs=1 gbs=64
 64 0 ep=8 mbs=2 gbs=128
-64 32 pp=2 vp=2 ep=8 mbs=1 gbs=64
-64 0 cp=2 ep=8 mbs=1 gbs=32 seq=32768
-128 0 mbs=2 gbs=256
-128 0 ep=8 mbs=8 gbs=1024
-128 0 cp=8 ep=8 mbs=1 gbs=16 seq=131072
-128 0 ep=8 mbs=4 gbs=512 re=full
-256 0 tp=2 ep=8 mbs=4 gbs=512
-256 192 pp=4 mbs=1 gbs=512
-512 0 ep=4 mbs=4 gbs=2048
-512 0 tp=2 cp=2 ep=8 mbs=1 gbs=128 seq=32768
+64 24 pp=8 ep=8 mbs=1 gbs=32
+64 56 pp=8 ep=8 mbs=2 gbs=64
+64 0 pp=8 ep=8 mbs=4 gbs=64
+512 0 pp=8 ep=4 mbs=1 gbs=256
+1024 384 pp=8 ep=16 mbs=2 gbs=512
+320 0 pp=10 ep=8 mbs=1 gbs=128
+1024 256 tp=2 pp=8 ep=8 mbs=2 gbs=256
+1024 512 pp=4 cp=2 ep=8 mbs=1 gbs=256 seq=32768
+16 8 tp=2 pp=2 ep=4 etp=2 mbs=2 gbs=8
+1024 0 pp=4 ep=8 mbs=2 gbs=1024 re=selective modules=[layernorm,experts]
+64 16 pp=4 vp=2 ep=8 mbs=1 gbs=64
+32 0 pp=4 ep=8 mbs=1 gbs=32
+32 8 pp=4 ep=8 mbs=1 gbs=32
+32 24 pp=4 ep=8 mbs=2 gbs=64 re=full
+256 192 pp=4 mbs=1 gbs=256
+8 4 pp=2 ep=4 mbs=1 gbs=8
+1024 512 pp=2 ep=8 mbs=2 gbs=2048 re=selective
 1024 777 mbs=1 gbs=1024
-1024 777 mbs=4 gbs=4096
 1024 777 ep=8 mbs=4 gbs=4096
+1024 777 mbs=4 gbs=4096
 1024 0 ep=16 mbs=2 gbs=2048
-1024 0 cp=8 ep=8 mbs=1 gbs=128 seq=131072
-1024 512 pp=2 ep=8 mbs=2 gbs=4096 re=selective
-1024 0 cp=2 ep=8 mbs=1 gbs=512 seq=32768
-8 0 cp=8 ep=8 mbs=1 gbs=1 seq=131072 comm=p2p
-8 0 tp=2 cp=2 ep=8 mbs=1 gbs=2 seq=32768 comm=p2p
-8 0 tp=8 ep=8 mbs=4 gbs=4
+128 0 mbs=2 gbs=256
+256 0 tp=2 ep=8 mbs=4 gbs=512
+512 0 ep=4 mbs=4 gbs=2048
+64 32 pp=2 vp=2 ep=8 mbs=1 gbs=64
+128 0 ep=8 mbs=8 gbs=1024
 64 0 ep=8 mbs=4 gbs=256 re=selective modules=[core_attn,moe]
-64 0 ep=8 mbs=4 gbs=256 re=selective modules=[layernorm,experts]
+8 0 tp=8 ep=8 mbs=4 gbs=4
+128 0 ep=8 mbs=4 gbs=512 re=full
+64 0 cp=2 ep=8 mbs=1 gbs=32 seq=32768
+8 0 tp=2 cp=2 ep=8 mbs=1 gbs=2 seq=32768 comm=p2p
+128 64 pp=2 cp=4 ep=8 mbs=1 gbs=16 seq=131072 comm=p2p
+1024 0 cp=8 ep=8 mbs=1 gbs=128 seq=131072
 """
 
 

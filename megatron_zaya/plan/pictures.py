@@ -11,6 +11,7 @@ from typing import Any
 from megatron_zaya.config import ConfigError
 from megatron_zaya.plan.memory import GIB, StageMemory
 from megatron_zaya.plan.pipeline_time import Timeline
+from megatron_zaya.plan.report import describe
 from megatron_zaya.plan.search import Candidate, Found
 from megatron_zaya.report import canvas
 
@@ -45,7 +46,7 @@ def _draw(found: Found, chosen: Candidate, timeline: Timeline, capacity_bytes: f
     memory_bars(figure.add_subplot(grid[0, 0]), chosen.memory.stages, capacity_bytes)
     _scatter(figure.add_subplot(grid[0, 1]), found, chosen, capacity_bytes)
     _timeline(figure.add_subplot(grid[1, :]), timeline)
-    figure.suptitle(f"{chosen.layout.describe()}, micro-batch {chosen.batch.micro_batch_size}")
+    figure.suptitle(f"{describe(chosen)}, micro-batch {chosen.batch.micro_batch_size}")
     return figure
 
 
@@ -61,7 +62,7 @@ def memory_bars(axes: Any, stages: Sequence[StageMemory], capacity_bytes: float 
         axes.axhline(capacity_bytes / GIB, color="black", linestyle="--", label="capacity")
     axes.set(xlabel="pipeline rank", ylabel="GiB", title="memory at the peak of a step")
     axes.set_xticks(ranks)
-    axes.legend(fontsize="small")
+    _legend_outside(axes)
 
 
 def _scatter(axes: Any, found: Found, chosen: Candidate, capacity_bytes: float) -> None:
@@ -71,7 +72,12 @@ def _scatter(axes: Any, found: Found, chosen: Candidate, capacity_bytes: float) 
     axes.scatter([chosen.memory_bytes / GIB], [chosen.time.tokens_per_gpu_s], marker="*", s=160, label="chosen")
     axes.axvline(capacity_bytes / GIB, color="black", linestyle="--")
     axes.set(xlabel="GiB on the worst rank", ylabel="tokens/s per GPU", title="throughput against memory")
-    axes.legend(fontsize="small")
+    _legend_outside(axes)
+
+
+def _legend_outside(axes: Any) -> None:
+    """Bars and points may lie anywhere inside."""
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 def _timeline(axes: Any, timeline: Timeline) -> None:
@@ -85,4 +91,5 @@ def _timeline(axes: Any, timeline: Timeline) -> None:
     axes.set(
         xlabel="ms", ylabel="pipeline rank", title="passes of the first micro-batches (blue forward, orange backward)"
     )
+    axes.set_yticks(sorted({event.rank for event in timeline}))
     axes.invert_yaxis()

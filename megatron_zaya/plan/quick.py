@@ -60,6 +60,10 @@ class QuickPrices:
     _heads: dict[tuple[int, ...], float] = field(default_factory=dict)
     _ends: dict[tuple[int, ...], list[tuple[float, float]]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Put the recomputation modes into layouts, of which nothing else is read."""
+        self._modes = [Layout(recompute=kind, recompute_modules=modules) for kind, modules in self.reruns]
+
     def of(self, base: Layout, micro_batch_size: int) -> list[QuickPrice]:
         """Return the prices of a set of degrees, one for each recomputation mode."""
         key = (base.tp, base.cp, base.ep, base.etp, micro_batch_size)
@@ -79,11 +83,11 @@ class QuickPrices:
     def with_cp_comm_type(self, base: Layout, micro_batch_size: int) -> Layout:
         """Return the layout with the faster way to the keys of other context-parallel ranks."""
         key = (base.tp, base.cp, micro_batch_size)
-        ring = replace(base, cp_comm_type="p2p")
         if key not in self._rings:
-            gathered, around = (self._work(layout, micro_batch_size, True) for layout in (base, ring))
+            both = (base, replace(base, cp_comm_type="p2p"))
+            gathered, around = (self._work(layout, micro_batch_size, True) for layout in both)
             self._rings[key] = around.forward_s + around.backward_s < gathered.forward_s + gathered.backward_s
-        return ring if self._rings[key] else base
+        return replace(base, cp_comm_type="p2p") if self._rings[key] else base
 
     def _once_a_step(self, base: Layout) -> list[tuple[float, float]]:
         """Return the time of all calls and of the last ones, of gradients and of parameters."""
@@ -109,9 +113,8 @@ class QuickPrices:
             if not count:
                 continue
             work, share = self._work(base, micro_batch_size, is_moe), count / m.num_layers
-            for index, (kind, modules) in enumerate(self.reruns):
-                layout = replace(base, recompute=kind, recompute_modules=modules)
-                time = with_recomputation(work, m, layout, is_moe)
+            for index, mode in enumerate(self._modes):
+                time = with_recomputation(work, m, mode, is_moe)
                 forward, backward = totals[index]
                 totals[index] = (forward + share * time.forward_s, backward + share * time.backward_s)
         return totals

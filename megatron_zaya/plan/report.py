@@ -100,7 +100,8 @@ def found_record(found: Found) -> dict[str, Any]:
     }
 
 
-def _describe(candidate: Candidate) -> str:
+def describe(candidate: Candidate) -> str:
+    """Return the plan on one line."""
     layout = candidate.layout
     modules = f" ({', '.join(layout.recompute_modules)})" if layout.recompute == "selective" else ""
     return layout.describe() + modules
@@ -117,7 +118,7 @@ def show_found(console: Any, found: Found) -> None:
         for number, c in enumerate(rows, start=1):
             table.add_row(
                 str(number),
-                _describe(c),
+                describe(c),
                 str(c.batch.micro_batch_size),
                 f"{c.time.step_s * 1e3:.0f}",
                 f"{c.time.tokens_per_gpu_s:,.0f}",

@@ -27,19 +27,18 @@ SMALL: dict[str, dict[str, Any]] = {
     "schedule": {"train_iters": 10, "global_batch_size": 4, "micro_batch_size": 1},
     "data": {"seq_length": 512},
 }
+TP2 = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
+PP2 = ["parallel.pipeline_model_parallel_size=2"]
+CP2 = ["parallel.context_parallel_size=2", "schedule.global_batch_size=1"]
 LAYOUTS: dict[str, tuple[int, int, list[str]]] = {
     # name: (world size, rank, overrides)
-    "one rank": (1, 0, []),
-    "tensor and expert": (8, 3, ["tensor_model_parallel_size=2", "expert_model_parallel_size=4"]),
-    "pipeline, last stage": (8, 5, ["pipeline_model_parallel_size=2", "expert_model_parallel_size=2"]),
-    "interleaved, last stage": (4, 3, ["pipeline_model_parallel_size=2", "virtual_pipeline_model_parallel_size=2"]),
+    "one rank": (1, 0, ["schedule.global_batch_size=2"]),
+    "everything again": (1, 0, ["schedule.global_batch_size=1", "parallel.recompute_granularity=full"]),
+    "tensor and expert": (8, 3, [*TP2, "parallel.expert_model_parallel_size=4"]),
+    "context, ring": (2, 1, [*CP2, "parallel.cp_comm_type=p2p"]),
+    "pipeline, last stage": (8, 5, [*PP2, "parallel.expert_model_parallel_size=2"]),
+    "interleaved, last stage": (4, 3, [*PP2, "parallel.virtual_pipeline_model_parallel_size=2"]),
 }
-
-
-def overrides_of(name: str) -> list[str]:
-    """The dotted overrides of a layout."""
-    values = [f"parallel.{text}" for text in LAYOUTS[name][2]]
-    return values + ["parallel.sequence_parallel=true"] * any("tensor" in value for value in values)
 
 
 def small_run(folder: Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
