@@ -129,6 +129,8 @@ class _Chunk:
     """Largest transient of a layer's backward pass."""
     forward: float
     """Transient at the end of the forward pass."""
+    turn: float
+    """Transient at the start of a backward pass: the gradient that arrives, and two of the residual scaling's size."""
     tied: float
     """Gradient of a table that embedding and head share: it waits from the loss to the end of the backward pass."""
     embedding: float
@@ -201,6 +203,7 @@ def _chunk(m: ModelShape, layout: Layout, t: Tokens, options: Options, precision
         modules=modules,
         backward=backward,
         forward=stream + 6 * t.local * m.router_hidden_size if m.is_zaya else 0.0,
+        turn=crossing + 2 * stream if m.is_zaya and not is_last and layout.recompute != "full" else 0.0,
         embedding=table + 1.5 * stream if is_first else 0.0,
         tied=table if is_first and is_last and m.share_embeddings_and_output_weights else 0.0,
         head=head,
@@ -324,6 +327,7 @@ def _worst_moment(
                 (chunk.head + stale if chunk.head else 0.0, "loss"),
                 (chunk.backward + chunk.tied + chunk.sent + stale / 2, "backward pass of the last layer"),
                 (chunk.forward + stale, "end of a forward pass"),
+                (chunk.turn, "start of a backward pass"),
                 (
                     chunk.embedding + 2 * chunk.tied - chunk.kept if chunk.embedding else 0.0,
                     "backward pass of the embedding",
