@@ -3,9 +3,10 @@
 The order of the operations is the crash safety; tests/ckpt/test_power_loss.py cuts it everywhere:
 
     every rank:  data synced -> folder synced -> rank_N.part.json
-    first rank:  all parts there and complete -> manifest.json (synced) -> parts' records removed -> folder synced
+    first rank:  all parts there and complete -> manifest.json (synced) -> folder synced
                  -> an existing step of this number is renamed to iter_N.old -> rename to iter_N -> root synced
-                 -> latest -> what is no longer needed is removed
+                 -> latest -> what is no longer needed is removed, the parts' records too (until here they let a
+                 restart finish the commit)
 """
 
 from __future__ import annotations
@@ -77,9 +78,11 @@ class Committer:
             with self._lock:  # or the tidying of a newer save would take the older one's folder
                 self._complete(order)
                 if not order.publish:
+                    _remove_records(order, order.folder, self.storage)
                     return order.folder
                 final = _publish(order, self.storage)
                 with contextlib.suppress(OSError):  # the step is safe; what follows is convenience
+                    _remove_records(order, final, self.storage)
                     _tidy(order, self.storage)
                 return final
         except BaseException:
@@ -91,14 +94,10 @@ class Committer:
             raise
 
     def _complete(self, order: CommitOrder) -> None:
-        """Write the manifest, and remove the files that only the commit needs."""
+        """Write the manifest."""
         records = [_record(order, rank) for rank in order.ranks]
         text = _manifest(order, records, self._checked_tensors(order, records))
         self.storage.write_small(order.folder / MANIFEST, seal_text("manifest", text))
-        done = {part_name(rank, order.save_id) for rank in order.ranks} | {commit_name(order.save_id)}
-        for name in self.storage.names(order.folder):
-            if name in done:
-                self.storage.unlink(order.folder / name)
         self.storage.sync_folder(order.folder)
 
     def _checked_tensors(self, order: CommitOrder, records: list[Record]) -> bytes:
@@ -195,6 +194,14 @@ def _publish(order: CommitOrder, storage: Storage) -> Path:
     storage.rename(order.folder, final)
     storage.sync_folder(root)
     return final
+
+
+def _remove_records(order: CommitOrder, folder: Path, storage: Storage) -> None:
+    """Remove what only the commit needs."""
+    done = {part_name(rank, order.save_id) for rank in order.ranks} | {commit_name(order.save_id)}
+    for name in storage.names(folder):
+        if name in done:
+            storage.unlink(folder / name)
 
 
 def _tidy(order: CommitOrder, storage: Storage) -> None:

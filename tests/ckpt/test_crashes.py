@@ -1,9 +1,9 @@
 """SIGKILL of ranks, writers or all of them, at 200 and more points: the newest committed step always loads and is
 right, a torn one is never chosen, and what a crash left is gone after the next save.
 
-Points: before every system call of a whole save and commit in the writer of either of two ranks, for a new
-step, one that replaces another, one after which older ones go; and random moments, for the writer, the rank, or
-both together.
+Points: before every system call of a whole save and commit in the writer of either of two ranks, for a new step, one
+that replaces another, one after which older ones go; before every call of the copy from a node's own disk; and random
+moments, for the writer, the rank, or both together.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ckpt.checkpointer import Checkpointer
 from ckpt.errors import CheckpointError
 from ckpt.retention import Retention
 from ckpt.shard import whole
-from ckpt.steps import newest_valid
+from ckpt.steps import complete_iterations, newest_valid
 from tests.ckpt.test_failures import FAULTS
 
 NUMEL = 1_100_000
@@ -90,12 +90,14 @@ def job(tmp_path):
         checkpointer.close()
 
 
-WALKS = [(0, False, None, 30), (0, True, None, 37), (0, False, 1, 37), (1, False, None, 10), (1, True, None, 10)]
+WALKS = [(0, False, None, 30), (0, True, None, 36), (0, False, 1, 36), (1, False, None, 8), (1, True, None, 8)]
 """Rank, whether it replaces a step, retention, and the system calls that there are at least."""
+UPLOAD = 24
+"""System calls that there are at least when a step goes from a node's own disk to the shared storage."""
 
 
 def test_the_points_are_200_and_more():
-    assert sum(walk[-1] for walk in WALKS) + RANDOM_WRITER + RANDOM_RANK + RANDOM_ALL >= 200
+    assert sum(walk[-1] for walk in WALKS) + UPLOAD + RANDOM_WRITER + RANDOM_RANK + RANDOM_ALL >= 200
 
 
 @pytest.mark.parametrize(("rank", "replacing", "keep_last", "least"), WALKS)
@@ -124,6 +126,35 @@ def test_a_writer_killed_before_any_system_call(job, rank, replacing, keep_last,
     assert newest_value(job.root) == value
     left = {p.name for p in job.root.iterdir() if p.name.startswith("iter") and not p.name[5:].isdigit()}
     assert not left, "what the crashes left is gone"
+
+
+def test_a_step_on_the_nodes_disk_survives_a_kill_before_any_system_call_of_its_copy(tmp_path):
+    """Killed with its rank: the restart must have the newest step, not the one before."""
+    root, local, arm = tmp_path / "steps", tmp_path / "node", tmp_path / "armed"
+    for number in range(60):
+        options = {"armed": str(arm), "action": "kill", "number": number}
+        checkpointer = Checkpointer(root, local=local, storage=FAULTS, storage_options=options)
+        arm.touch()
+        checkpointer.save(number + 1, described(float(number)), {"value": float(number)})
+        writer = checkpointer._writer.process
+        deadline = time.monotonic() + 60
+        while arm.exists() and number + 1 not in complete_iterations(root):
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        reached = not arm.exists()
+        if reached:
+            writer.wait(60)  # the rank dies with it: nobody reports the failure
+        else:
+            checkpointer.close()
+            arm.unlink(missing_ok=True)
+        tensors = state(-1.0)
+        report = Checkpointer(root, local=local).load([whole(key, tensor) for key, tensor in tensors.items()])
+        assert report.common["value"] == number
+        assert all((tensor == number).all() for tensor in tensors.values())
+        if not reached:
+            break
+    assert number >= UPLOAD, f"only {number} system calls"
+    assert not [path for path in (*root.iterdir(), *local.iterdir()) if path.name.endswith(".partial")]
 
 
 def train(root: str, value: int, pids, committed) -> None:

@@ -76,7 +76,6 @@ def check_isolated(checkpointer, reason: str, stall_timeout_s: float | None = No
         ("create", 2),
         ("write", 1),
         ("rename", 1),
-        ("unlink", 0),
         ("rename", 2),
     ],
 )
