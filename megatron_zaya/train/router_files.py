@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_zaya.train.errors import TrainingError
-from megatron_zaya.train.router_replay import recording, replaying
+from megatron_zaya.train.router_replay import check_choices, recording, replaying
 from megatron_zaya.train.state import TrainingJob
 
 
@@ -62,7 +62,7 @@ def read_choices(path: Path, job: TrainingJob) -> Tensor:
     """Return this data-parallel rank's choices for the next step, int64 [micro-batch, layer, sample, token].
 
     Raises:
-        TrainingError: the file cannot be read, or holds another number of samples, layers or tokens.
+        TrainingError: the file cannot be read, holds another number of samples, layers or tokens, or no such expert.
     """
     try:
         samples = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -78,7 +78,9 @@ def read_choices(path: Path, job: TrainingJob) -> Tensor:
         )
     first = [(number * dp.size() + dp.rank()) * size for number in range(job.num_microbatches)]
     mine = np.stack([samples[begin : begin + size] for begin in first]).astype(np.int64)
-    return torch.from_numpy(mine).transpose(1, 2).contiguous()
+    choices_MLBS = torch.from_numpy(mine).transpose(1, 2).contiguous()
+    check_choices(job, choices_MLBS, str(path))
+    return choices_MLBS
 
 
 def _write_choices(path: Path, choices_MLBS: Tensor, job: TrainingJob) -> None:

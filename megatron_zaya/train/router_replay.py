@@ -59,7 +59,7 @@ class Replay:
         Raises:
             TrainingError: shape or range do not fit the job.
         """
-        _check(job, choices_MLBS)
+        check_choices(job, choices_MLBS, "router replay")
         self._job = job
         groups = job.pg_collection
         local = split_zigzag(choices_MLBS, 3, groups.cp.rank(), groups.cp.size())
@@ -114,20 +114,25 @@ def _everyones(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
     return parts
 
 
-def _check(job: TrainingJob, choices: Tensor) -> None:
+def check_choices(job: TrainingJob, choices: Tensor, where: str) -> None:
+    """Check the choices of this data-parallel rank for the next step; ``where`` they come from is for the message.
+
+    Raises:
+        TrainingError: shape or range do not fit.
+    """
     config = job.config
     wanted = (job.num_microbatches, config.model.num_layers, config.schedule.micro_batch_size, config.data.seq_length)
     if tuple(choices.shape) != wanted:
         raise TrainingError(
-            f"router replay: choices have shape {list(choices.shape)}; this rank's step needs {list(wanted)}: "
+            f"{where}: choices have shape {list(choices.shape)}; this rank's step needs {list(wanted)}: "
             "micro-batches, layers, samples, tokens"
         )
     if choices.is_floating_point():
-        raise TrainingError(f"router replay: choices must be integers, not {choices.dtype}")
+        raise TrainingError(f"{where}: choices must be integers, not {choices.dtype}")
     low, high = int(choices.min()), int(choices.max())
     if low < 0 or high > config.model.num_moe_experts:
         raise TrainingError(
-            f"router replay: choices run from {low} to {high}; experts are 0 to {config.model.num_moe_experts - 1}, "
+            f"{where}: choices run from {low} to {high}; experts are 0 to {config.model.num_moe_experts - 1}, "
             f"and {config.model.num_moe_experts} skips"
         )
 
