@@ -61,8 +61,7 @@ def train_and_save(path: Path, folder: Path, plain: bool) -> None:
     from megatron.core import dist_checkpointing
 
     from launch.env import read_rank_env
-    from megatron_zaya.parallel.groups import release_process_groups
-    from megatron_zaya.train.setup import distributed_world
+    from megatron_zaya.train.setup import distributed_world, release_job
 
     env = read_rank_env()
     with distributed_world(load_config(path, COMMON), env) as device:
@@ -74,7 +73,7 @@ def train_and_save(path: Path, folder: Path, plain: bool) -> None:
                 torch.distributed.barrier()
                 state = {"model": job.model[0].module.sharded_state_dict(), "iteration": 4}
                 dist_checkpointing.save(state, str(folder / f"plain_{model}"))
-            release_process_groups()
+            release_job(job)
 
 
 def equal_to_step(described: dict, loaded: dict[str, torch.Tensor], step: StepWeights) -> list[bool]:
@@ -95,8 +94,7 @@ def load_in_another_layout(path: Path, folder: Path) -> list[bool]:
     from megatron.core import dist_checkpointing
 
     from launch.env import read_rank_env
-    from megatron_zaya.parallel.groups import release_process_groups
-    from megatron_zaya.train.setup import build_job, distributed_world
+    from megatron_zaya.train.setup import build_job, distributed_world, release_job
 
     env, equal = read_rank_env(), []
     with distributed_world(load_config(path, COMMON), env) as device:
@@ -111,10 +109,9 @@ def load_in_another_layout(path: Path, folder: Path) -> list[bool]:
             loaded = dist_checkpointing.load({"model": stage.sharded_state_dict()}, str(folder / f"export_{model}"))
             equal += equal_to_step(stage.sharded_state_dict(), loaded["model"], step)
             assert loaded["iteration"] == 2
-            release_process_groups()
+            release_job(job)
             on = f"checkpoint.load={folder / f'ours_{model}'}"
-            train_job(path, [*overrides_of(model, f"{model}_on", OTHER), on], env, device)
-            release_process_groups()
+            release_job(train_job(path, [*overrides_of(model, f"{model}_on", OTHER), on], env, device))
     return equal
 
 

@@ -78,10 +78,9 @@ def replay_in_turn(path: Path, layouts: dict[str, dict]) -> dict[str, dict]:
 def train_in_turn(path: Path, runs: dict[str, list[str]]) -> dict[str, list[dict]]:
     """Run on each rank: train two steps with every list of overrides; return the step events."""
     from launch.env import read_rank_env
-    from megatron_zaya.parallel.groups import release_process_groups
     from megatron_zaya.telemetry.jsonl import steps_by_iteration
     from megatron_zaya.train.loop import train
-    from megatron_zaya.train.setup import build_job, distributed_world
+    from megatron_zaya.train.setup import build_job, distributed_world, release_job
 
     env, steps = read_rank_env(), {}
     with distributed_world(load_config(path), env) as device:
@@ -91,7 +90,7 @@ def train_in_turn(path: Path, runs: dict[str, list[str]]) -> dict[str, list[dict
             job = build_job(config, env, device)
             train(job, [])
             job.events.close()
-            release_process_groups()
+            release_job(job)
             if env.rank == 0:
                 steps[name] = list(steps_by_iteration(config.run_dir / "metrics.jsonl").values())
     return steps
