@@ -5,7 +5,8 @@
 
 A step is a fixed amount of matrix products that lasts about `--step-s` seconds, followed by the events of a ZAYA1-8B
 step (40 layers of 16 experts, the reports of health with every tenth step, an evaluation and a checkpoint now and
-then). All sinks: console, metrics.jsonl, loss curve, TensorBoard, Prometheus scraped once a second by another process.
+then). All sinks: console, metrics.jsonl, loss curve, TensorBoard, Prometheus scraped by another process every 5 s
+(monitoring/prometheus.yaml: 15 s).
 
 How to read it. `emit_us` is processor time of the training thread for handing over a step's events; `sinks_us` is that
 of all other threads of the process, which matters as far as they take the interpreter's lock or a core from training;
@@ -52,7 +53,7 @@ START = RunStarted(0, 10**6, 1024, 1024, 8_300_000_000, 700_000_000)
 SCRAPER = """
 import contextlib, sys, time, urllib.request
 while True:
-    time.sleep(1)
+    time.sleep(5)
     with contextlib.suppress(OSError):
         urllib.request.urlopen(sys.argv[1]).read()
 """

@@ -108,7 +108,10 @@ def show(config: RunConfig, summary: Summary, world_size: int, accelerator: str 
     hidden = travel.hidden_s / travel.communication_s if travel.communication_s else 0.0
     console.print(
         f"communication {travel.communication_s * 1e3:.2f} ms a step, {hidden:.0%} of it hidden, "
-        f"{travel.exposed_s * 1e3:.2f} ms exposed"
+        f"{travel.exposed_s * 1e3:.2f} ms exposed",
+        soft_wrap=True,
     )
     sizes = ", ".join(f"{name} {size / GIB:.3f} GiB" for name, size in summary.memory_bytes.items())
-    console.print(f"memory: {sizes}; planned peak on {device.name} {plan.memory.worst.peak / GIB:.3f} GiB")
+    console.print(
+        f"memory: {sizes}; planned peak on {device.name} {plan.memory.worst.peak / GIB:.3f} GiB", soft_wrap=True
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ class JsonlSink:
 
     def handle(self, event: Event, when: float) -> None:
         """Write one line."""
-        record = {"event": type(event).__name__, "time": round(when, 3), **dataclasses.asdict(event)}
+        record = {"event": type(event).__name__, "time": round(when, 3), **vars(event)}
         self.file.write(json.dumps(record) + "\n")
 
     def close(self) -> None:

@@ -91,7 +91,7 @@ def test_the_parts_have_forward_and_backward_passes_and_fit_into_the_step(profil
     assert 0 < sum(sum(passes.values()) for passes in summary.parts.values()) <= summary.step_s
     assert summary.overlap.communication_s > 0
     assert 0 <= summary.overlap.hidden_s <= summary.overlap.communication_s
-    assert summary.memory_bytes["optimizer state"] > summary.memory_bytes["parameters"]
+    assert min(summary.memory_bytes[name] for name in ("parameters", "gradients", "optimizer state")) > 0
 
 
 def test_the_command_lays_the_plan_beside_it_and_leaves_no_checkpoint(profiled):
