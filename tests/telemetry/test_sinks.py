@@ -148,7 +148,7 @@ def test_the_loss_curve_is_a_picture(tmp_path):
     stream = EventStream([JsonlSink(tmp_path / "m.jsonl"), LossCurveSink(tmp_path / "m.jsonl", tmp_path / "c.png")])
     for event in EVENTS:
         stream.emit(event)
-    stream.close()
+    stream.close(timeout_s=300)
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -202,8 +202,10 @@ def test_a_blocked_sink_misses_events_and_holds_nobody_up(tmp_path, caplog):
         while stream.runners[1].backlog:
             time.sleep(0.001)
     assert stream.runners[0].missed in (len(EVENTS) - 10, len(EVENTS) - 9)  # one is in its hands, if it was quick
+    _, healthy = stream.runners
     stream.close(timeout_s=0.2)
     assert "Blocked did not come to its end" in caplog.text
+    healthy.join(time.monotonic() + 120)
     assert len(steps_by_iteration(tmp_path / "m.jsonl")) == 40
     troubles = read_events(tmp_path / "m.jsonl", "SinkTrouble")
     assert troubles[0]["missed"] == 1
