@@ -61,4 +61,4 @@ test-mcore-latest:  ## model, parity and training tests on the newest Megatron-C
 	OMP_NUM_THREADS=1 .venv-mcore-latest/bin/pytest tests/model tests/train
 
 clean:  ## remove the environment and everything that runs wrote
-	rm -rf $(VENV) .venv-mcore-latest runs data site
+	rm -rf $(VENV) .venv-mcore-latest runs data site artefacts

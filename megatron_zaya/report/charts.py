@@ -329,7 +329,7 @@ def balance(run: Run) -> Chart:
     _line(middle, steps["iteration"], steps["load_entropy"], BLUE, "mean of layers", _cuts(run))
     _line(middle, steps["iteration"], steps["min_load_entropy"], COLOURS[3], "least even layer", _cuts(run))
     middle.set_title("entropy of the load, 1 is even")
-    canvas.legend(middle)
+    middle.legend(loc="lower right", frameon=True, framealpha=0.8, edgecolor="none")
     _line(right, steps["iteration"], steps["skip_rate"], GREEN, "", _cuts(run))
     right.set_title("share that skips")
     right.set_ylim(bottom=0)
