@@ -62,3 +62,17 @@ def test_detection_agrees_with_what_runs():
     assert rows["grouped product"].available == capabilities.grouped_product_works("cpu", torch.float32)
     assert not rows["accelerator"].available
     assert all(row.consequence for name, row in rows.items() if name not in ("python", "torch"))
+
+
+def test_megatron_is_imported_without_torchs_compiler_where_nothing_compiles():
+    code = """
+import sys, torch
+compiler = torch.compile
+from megatron_zaya.compat import import_megatron
+import_megatron()
+assert torch.compile is compiler
+assert "torch._inductor" not in sys.modules
+from megatron.core.fusions.fused_bias_swiglu import swiglu
+assert torch.equal(swiglu(torch.ones(1, 2)), torch.nn.functional.silu(torch.ones(1, 1)))
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
