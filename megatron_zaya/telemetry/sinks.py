@@ -11,9 +11,17 @@ from megatron_zaya.telemetry.console import PlainConsole
 from megatron_zaya.telemetry.curve import LossCurveSink
 from megatron_zaya.telemetry.jsonl import JsonlSink
 from megatron_zaya.telemetry.live import LiveConsole
-from megatron_zaya.telemetry.prometheus import PrometheusSink, TextfileSink
 from megatron_zaya.telemetry.stream import Sink
 from megatron_zaya.telemetry.trackers import MlflowSink, TensorBoardSink, WandbSink
+
+
+def _prometheus(config: RunConfig, job_labels: Mapping[str, str]) -> Sink:
+    from megatron_zaya.telemetry.prometheus import PrometheusSink, TextfileSink  # an HTTP server: only where asked for
+
+    telemetry, labels = config.telemetry, {"run": config.run.name, **job_labels}
+    if telemetry.prometheus == "http":
+        return PrometheusSink(labels, telemetry.prometheus_host, telemetry.prometheus_port)
+    return TextfileSink(labels, Path(str(telemetry.prometheus_textfile_dir)), telemetry.prometheus_textfile_interval_s)
 
 
 def build_sinks(config: RunConfig, job_labels: Mapping[str, str]) -> list[Sink]:
@@ -29,12 +37,8 @@ def build_sinks(config: RunConfig, job_labels: Mapping[str, str]) -> list[Sink]:
     sinks.append(JsonlSink(folder / "metrics.jsonl"))
     if telemetry.loss_curve:
         sinks.append(LossCurveSink(folder / "metrics.jsonl", folder / "loss_curve.png"))
-    labels = {"run": config.run.name, **job_labels}
-    if telemetry.prometheus == "http":
-        sinks.append(PrometheusSink(labels, telemetry.prometheus_host, telemetry.prometheus_port))
-    if telemetry.prometheus == "textfile":
-        textfiles = Path(str(telemetry.prometheus_textfile_dir))
-        sinks.append(TextfileSink(labels, textfiles, telemetry.prometheus_textfile_interval_s))
+    if telemetry.prometheus != "off":
+        sinks.append(_prometheus(config, job_labels))
     if telemetry.tensorboard:
         sinks.append(TensorBoardSink(folder / "tensorboard"))
     resolved = config.model_dump(mode="json")
