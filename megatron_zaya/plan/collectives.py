@@ -134,6 +134,8 @@ def context_flows(m: ModelShape, layout: Layout, t: Tokens) -> list[Flow]:
 
 def _dispatch_flows(m: ModelShape, layout: Layout, t: Tokens) -> list[Flow]:
     """Rows to their experts and back, and their gradients; probabilities and theirs."""
+    if layout.dispatcher == "allgather":
+        return _gathered_dispatch_flows(m, layout, t)
     d = t.local * (1 - m.skip_share) * m.moe_router_topk
     flows = []
     if layout.ep > 1:
@@ -151,6 +153,21 @@ def _dispatch_flows(m: ModelShape, layout: Layout, t: Tokens) -> list[Flow]:
             flows.append(Flow("layer", "ep_tp", op, size, ranks, 1, 0, "moe"))
             flows.append(Flow("layer", "ep_tp", mirror, size, ranks, 0, 1, "moe"))
     return flows
+
+
+def _gathered_dispatch_flows(m: ModelShape, layout: Layout, t: Tokens) -> list[Flow]:
+    """All rows, probabilities and routing maps to all ranks, fp32 sums back; the gradients mirror, maps have none."""
+    size = layout.ep * layout.etp
+    rows, routing = t.local * size * m.hidden_size, t.local * size * m.num_moe_experts
+    return [
+        Flow("layer", "ep", "all_gather", 2 * rows, (1, size), 1, 0, "moe"),
+        Flow("layer", "ep", "reduce_scatter", 2 * rows, (1, size), 0, 1, "moe"),
+        Flow("layer", "ep", "reduce_scatter", 4 * rows, (1, size), 1, 0, "moe"),
+        Flow("layer", "ep", "all_gather", 4 * rows, (1, size), 0, 1, "moe"),
+        Flow("layer", "ep", "all_gather", 4 * routing, (1, size), 1, 0, "moe"),
+        Flow("layer", "ep", "reduce_scatter", 4 * routing, (1, size), 0, 1, "moe"),
+        Flow("layer", "ep", "all_gather", routing, (1, size), 1, 0, "moe"),
+    ]
 
 
 def step_flows(

@@ -22,6 +22,7 @@ def plan_overrides(layout: Layout, batch: Batch) -> dict[str, Any]:
         "cp_comm_type": layout.cp_comm_type,
         "expert_model_parallel_size": layout.ep,
         "expert_tensor_parallel_size": layout.etp,
+        "moe_token_dispatcher_type": layout.dispatcher,
         "sequence_parallel": layout.sequence_parallel and layout.tp > 1,
         "use_distributed_optimizer": layout.use_distributed_optimizer,
         "overlap_grad_reduce": layout.overlap_grad_reduce,

@@ -102,6 +102,7 @@ class Layout:
     cp_comm_type: Literal["all_gather", "p2p"] = "all_gather"
     ep: int = 1
     etp: int = 1
+    dispatcher: Literal["alltoall", "allgather"] = "alltoall"
     sequence_parallel: bool = True
     stage_layers: tuple[int, ...] | None = None
     """Layers of each (virtual) stage; None spreads them evenly, longer stages first."""
@@ -214,6 +215,7 @@ def layout_of(config: RunConfig, world_size: int) -> Layout:
         cp_comm_type=p.cp_comm_type,
         ep=p.expert_model_parallel_size,
         etp=p.expert_tensor_parallel_size,
+        dispatcher=p.moe_token_dispatcher_type,
         sequence_parallel=p.sequence_parallel,
         stage_layers=tuple(sizes) if sizes is not None else None,
         use_distributed_optimizer=p.use_distributed_optimizer,

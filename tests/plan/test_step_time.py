@@ -38,6 +38,7 @@ CASES: dict[str, tuple[int, int, list[str]]] = {
     "expert, parameters not overlapped": (8, 0, [*EP4, "parallel.overlap_param_gather=false"]),
     "expert, everything again": (8, 0, [*EP4, *FULL]),
     "expert, some again": (8, 0, [*EP4, *SOME, "parallel.recompute_modules=[moe]"]),
+    "expert, gathered": (8, 0, [*EP4, "parallel.moe_token_dispatcher_type=allgather"]),
     "expert tensor": (4, 0, [*TP2, "parallel.expert_tensor_parallel_size=2", "parallel.expert_model_parallel_size=2"]),
     "tensor": (4, 0, TP2),
     "tensor beyond key-value heads, everything again": (4, 0, [*TP4, *FULL]),
