@@ -57,18 +57,21 @@ def node_reason(cluster: SlurmCluster, node: str) -> str:
 
 
 def test_the_epilog_ends_what_a_job_left_and_nothing_else(cluster):
-    """Two jobs of one user: the first leaves a process and scratch; they go when the user's last job has ended."""
+    """Two jobs of one user: the first leaves a process and scratch; they go when the user's last job has ended.
+
+    slurmd is the first process of a test node and reaps no strangers, so only processes that still live are looked for.
+    """
     sleeper = "setsid sleep 777 & mkdir /dev/shm/zaya-agent-$SLURM_JOB_ID-x; touch /dev/shm/ready-$SLURM_JOB_ID"
     other = cluster.run([*BY_HAND, "--uid=1", "-w", "n0", "--wrap", "mkdir /dev/shm/zaya-agent-$SLURM_JOB_ID-x; "
                          "while [ ! -e /dev/shm/go ]; do sleep 0.1; done"]).stdout.strip()  # fmt: skip
     wait(lambda: job_field(cluster, other, "JobState") == "RUNNING", "start", diagnose=cluster.log_tail)
     first = cluster.run([*BY_HAND, "--uid=1", "-w", "n0", "--wrap", sleeper]).stdout.strip()
     wait(lambda: job_field(cluster, first, "JobState") == "COMPLETED", "end", diagnose=cluster.log_tail)
-    assert cluster.enter("n0", "pgrep -u daemon sleep"), "the user has another job here"
+    assert cluster.enter("n0", "pgrep -r S,R,D -u daemon sleep"), "the user has another job here"
     assert cluster.enter("n0", "ls -d /dev/shm/zaya-agent-*").split() == [f"/dev/shm/zaya-agent-{other}-x"]
     cluster.enter("n0", "touch /dev/shm/go")
     wait(lambda: job_field(cluster, other, "JobState") == "COMPLETED", "end", diagnose=cluster.log_tail)
-    assert cluster.enter("n0", "pgrep -u daemon sleep; ls -d /dev/shm/zaya-agent-* 2>/dev/null") == ""
+    assert cluster.enter("n0", "pgrep -r S,R,D -u daemon sleep; ls -d /dev/shm/zaya-agent-* 2>/dev/null") == ""
 
 
 def test_the_prolog_refuses_a_node_whose_shared_memory_is_full(cluster):
