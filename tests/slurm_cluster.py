@@ -168,7 +168,8 @@ class SlurmCluster:
     def count(self, state: str) -> int:
         """Number of nodes whose state begins with `state`; 0 while the controller does not answer."""
         done = self.run(["sinfo", "-h", "-N", "-o", "%N %T"], check=False)
-        return sum(line.split()[1].startswith(state) for line in done.stdout.splitlines() if " " in line)
+        lines = {tuple(line.split()) for line in done.stdout.splitlines() if " " in line}  # one per partition
+        return sum(line[1].startswith(state) for line in lines)
 
     def stop(self) -> None:
         """Kill all processes of the cluster, by their own ids."""

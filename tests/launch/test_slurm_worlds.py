@@ -133,6 +133,7 @@ def test_srun_with_pmix_and_mpirun_give_the_same_context(big, tmp_path):
         found.append(records)
     for record in (*found[0], *found[1]):
         record.pop("supervision")
+        assert record.pop("job_labels")["job_partition"] == "main"  # the rest differs: they are two jobs
     assert [r.pop("launcher") for r in found[0]] == ["srun"] * 4
     assert [r.pop("launcher") for r in found[1]] == ["mpi"] * 4
     ports = {r.pop("master_port") for r in found[0]}, {r.pop("master_port") for r in found[1]}
