@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -120,6 +121,9 @@ def test_srun_with_pmix_and_mpirun_give_the_same_context(big, tmp_path):
         pytest.skip("not installed: openmpi-bin (tools/install_apt_packages.sh installs it)")
     first = "from mpi4py import MPI; assert MPI.COMM_WORLD.Get_size() == 4;"
     environment = {**ENVIRONMENT, "PYTHONPATH": str(REPOSITORY), "OMPI_MCA_btl": "self,vader,tcp"}
+    environment["OMPI_MCA_orte_tmpdir_base"] = str(
+        tmp_path
+    )  # else in /tmp by host name and process id, both not unique
     salloc = ["salloc", "-N2", "-n4", "--ntasks-per-node=2", "--time=2", "--gpus-per-node=2"]
     mpirun = ["mpirun", "--allow-run-as-root", "-n", "4", "--map-by", "slot", "-x", "PYTHONPATH"]
     found = []
@@ -168,3 +172,59 @@ def test_a_mistake_is_one_message_and_nothing_is_submitted(big, run_folder, chan
     assert message in done.stderr
     assert (done.stderr.count("zaya: "), "Traceback" in done.stderr) == (1, False)
     assert big.run(["squeue", "-h"]).stdout == ""
+
+
+# Found by every Python of a task: torch must not be reached, and the clock of one node is half a minute ahead.
+NO_TORCH = "raise RuntimeError('torch was imported: that is time on an accelerator')"
+CLOCK = """import os, time
+real = time.time
+if os.environ.get("SLURMD_NODENAME") == "zaya001":
+    time.time = lambda: real() + 30
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"MASTER_ADDR": "no-such-host.invalid"}, "cannot resolve 'no-such-host.invalid', the host of rank 0"),
+        ({"MASTER_PORT": "{port}"}, "port {port} on zaya000 (rank 0) is in use"),
+        ({"PYTHONPATH": "{folder}/ahead:{folder}:{code}"}, "the clock of zaya001 (rank 1) is "),
+        ({"NCCL_IB_HCA": None}, "NCCL_IB_HCA is 'ionic_0' on 1 of 2 ranks, but 'ionic_1' on zaya001 (rank 1)"),
+    ],
+    ids=["unreachable host", "port in use", "clock skew", "another environment"],
+)
+def test_nodes_that_cannot_work_together_say_so_before_torch_is_imported(big, run_folder, change, message):
+    (run_folder / "torch.py").write_text(NO_TORCH)
+    (run_folder / "ahead").mkdir()
+    (run_folder / "ahead/sitecustomize.py").write_text(CLOCK)
+    with socket.create_server(("", 0)) as taken:
+        names = {"port": taken.getsockname()[1], "folder": run_folder, "code": REPOSITORY}
+        given = {name: value.format(**names) for name, value in change.items() if value}
+        environment = ENVIRONMENT | {"PYTHONPATH": f"{run_folder}:{REPOSITORY}"} | given
+        uneven = "export NCCL_IB_HCA=ionic_$SLURM_NODEID; " if "NCCL_IB_HCA" in change else ""
+        task = f"{uneven}exec {sys.executable} -m megatron_zaya.pretrain run.yaml schedule.global_batch_size=2"
+        options = ["--nodes=2", "--ntasks-per-node=1", "--time=2", "--nodelist=zaya000,zaya001", "--kill-on-bad-exit=1"]
+        srun = ["srun", *options, "bash", "-c", task]
+        done = big.run(srun, cwd=run_folder, extra_env=environment, check=False, timeout_s=90)
+    assert done.returncode != 0
+    assert message.format(**names) in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"RUN_FILE": "none.yaml"}, "zaya: none.yaml: no such run file"),
+        ({"SITE": "site.yaml"}, "container.image /images/zaya.sif: no such file; build it (docs/containers.md)"),
+        ({"ZAYA": "/nowhere/zaya"}, "/nowhere/zaya: No such file"),
+    ],
+)
+def test_pretrain_by_plain_sbatch_refuses_what_is_not_there(big, run_folder, environment, message):
+    image = {"container": {"launcher": "apptainer", "image": "/images/zaya.sif"}}
+    (run_folder / "site.yaml").write_text(yaml.safe_dump(image))
+    command = ["sbatch", "--wait", f"--output={run_folder}/out", str(REPOSITORY / "slurm/pretrain.sbatch")]
+    given = ENVIRONMENT | {"RUN_FILE": "run.yaml", "NPROC": "1"} | environment
+    done = big.run(command, cwd=run_folder, extra_env=given, check=False, timeout_s=90)
+    said = (run_folder / "out").read_text()
+    assert done.returncode in (2, 127), said
+    assert message in said and "Traceback" not in said
