@@ -23,7 +23,7 @@ import torch
 from tests.distributed.test_reshard import assemble
 from tests.ranks import run_ranks
 
-SEED = int(os.environ.get("RESHARD_SEED", "20261122"))
+SEED = int(os.environ.get("RESHARD_SEED", "4"))  # draws tensor to one, pipeline to tensor, one to pipeline
 COUNT = int(os.environ.get("RESHARD_PAIRS", "3"))
 WORLDS = [(2, 1), (2, 2), (1, 2)]
 """Ranks of the first and of the second layout of the pairs, in turn."""
