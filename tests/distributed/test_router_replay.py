@@ -96,21 +96,12 @@ def train_in_turn(path: Path, runs: dict[str, list[str]]) -> dict[str, list[dict
     return steps
 
 
-def recorded_on_two_ranks(path: Path, runs: dict[str, list[str]]) -> tuple[dict, dict]:
-    """Run on each rank: both kinds of tasks, in processes that are started once."""
-    return replay_in_turn(path, LAYOUTS), train_in_turn(path, runs)
-
-
-def recorded_on_one_rank(path: Path, runs: dict[str, list[str]]) -> tuple[dict, dict]:
-    return replay_in_turn(path, {"one": {}}), train_in_turn(path, runs)
-
-
 @pytest.fixture(scope="module")
 def sessions(tmp_path_factory, text_prefix):  # noqa: F811
-    """What one rank and two ranks returned, and the folder of their files."""
+    """Step events of whole runs on two ranks, and the folder of their files."""
     folder = tmp_path_factory.mktemp("replay")
     path = run_file.__wrapped__(folder, text_prefix)
-    one = run_ranks(recorded_on_one_rank, 1, path, {"one_records": [f"run.router_replay.record={folder / 'one'}"]})[0]
+    run_ranks(train_in_turn, 1, path, {"one_records": [f"run.router_replay.record={folder / 'one'}"]})
     (folder / "shifted").mkdir()
     for file in (folder / "one").iterdir():
         np.save(folder / "shifted" / file.name, (np.load(file) + 1) % 5)
@@ -121,18 +112,19 @@ def sessions(tmp_path_factory, text_prefix):  # noqa: F811
     }
     for name, layout in layouts.items():
         runs[name] = [*layout, f"run.router_replay.replay={folder / 'shifted'}"]
-    return run_ranks(recorded_on_two_ranks, 2, path, runs), one, folder
+    return run_ranks(train_in_turn, 2, path, runs)[0], folder
 
 
-@pytest.fixture
-def replayed(sessions):
+@pytest.fixture(scope="module")
+def replayed(tmp_path_factory, text_prefix):  # noqa: F811
     """The single steps: of two ranks, and of one."""
-    two, one, _ = sessions
-    return [rank[0] for rank in two], one[0]["one"]
+    path = run_file.__wrapped__(tmp_path_factory.mktemp("steps"), text_prefix)
+    one = run_ranks(replay_in_turn, 1, path, {"one": {}})[0]["one"]
+    return run_ranks(replay_in_turn, 2, path, LAYOUTS), one
 
 
 def test_a_run_that_is_forced_to_its_own_choices_is_the_same_run(sessions):
-    (_, steps), *_ = sessions[0]
+    steps, _ = sessions
     for key in ("loss", "grad_norm", "skip_rate", "max_expert_load"):
         assert [step[key] for step in steps["replays"]] == [step[key] for step in steps["records"]]
     assert all(step["router_divergence"] == step["max_router_divergence"] == 0.0 for step in steps["replays"])
@@ -140,7 +132,7 @@ def test_a_run_that_is_forced_to_its_own_choices_is_the_same_run(sessions):
 
 
 def test_two_data_parallel_ranks_write_the_file_that_one_rank_writes(sessions):
-    folder = sessions[2]
+    _, folder = sessions
     for number in (1, 2):
         ours, theirs = (np.load(folder / name / f"step_{number:07d}.npy") for name in ("two", "one"))
         assert ours.shape == theirs.shape == (8, 2, 32) and ours.dtype.kind == "i"
@@ -150,7 +142,7 @@ def test_two_data_parallel_ranks_write_the_file_that_one_rank_writes(sessions):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_obeys_a_file(sessions, layout):
     """Choices that are not its own, from one rank's file."""
-    (_, steps), *_ = sessions[0]
+    steps, _ = sessions
     own, forced = steps["records"], steps[layout]
     assert all(0.5 < step["router_divergence"] <= step["max_router_divergence"] <= 1.0 for step in forced)
     assert forced[0]["loss"] != own[0]["loss"] and np.isfinite([step["grad_norm"] for step in forced]).all()
