@@ -52,11 +52,19 @@ def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory, small_disk: Path) -> Iterator[SlurmCluster]:
-    """Four nodes with eight fake GPUs each."""
+    """Four nodes with eight fake GPUs each; jobs of the partition "urgent" push others back into the queue."""
     folder = tmp_path_factory.mktemp("slurm") / "c"
-    with slurm_cluster(folder, ["n0", "n1", "n2", "n3"], gpus=8) as running:
+    with slurm_cluster(folder, ["n0", "n1", "n2", "n3"], gpus=8, more_conf=PREEMPTION) as running:
         yield running
 
+
+# A preempted job gets the signal that it asked for with --signal, and a minute to save.
+PREEMPTION = """
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SlurmctldParameters=preempt_send_user_signal
+PartitionName=urgent Nodes=ALL PriorityTier=10 MaxTime=INFINITE State=UP
+"""
 
 ENVIRONMENT = {
     "PATH": f"{BIN}:{os.environ['PATH']}",

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
+import sys
 import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_zaya.telemetry.jsonl import read_events as read_metrics
 from megatron_zaya.telemetry.jsonl import steps_by_iteration
@@ -62,25 +65,34 @@ def test_the_smoke_script_trains(reference):
     assert reference[12][0] < reference[1][0] - 0.3
 
 
-def test_two_nodes_of_two_ranks_are_told_to_save_requeue_and_go_on(cluster, workdir):
-    """`pretrain.sbatch` with SIGUSR1 in the middle; compared with the same job left alone."""
-    run = {"RUN_FILE": "run.yaml", "NPROC": "2"}
-    script = str(SCRIPTS / "pretrain.sbatch")
-    whole = sbatch(cluster, workdir, script, env=run | {"OVERRIDES": "run.name=whole"})
-    assert wait_for_end(cluster, whole, workdir) == "COMPLETED", output(workdir)
+def test_two_nodes_of_two_ranks_are_preempted_and_go_on(cluster, workdir):
+    """`zaya submit`, pushed aside by a job with more right to its nodes. That job is the same run by `pretrain.sbatch`,
+    undisturbed: the losses must be equal.
+    """
+    site = {
+        "slurm": {"gpus_per_node": 8, "partition": "main", "time": "10", "signal_before_end_s": 30},
+        "python": sys.executable,
+    }
+    (workdir / "preempted.yaml").write_text(yaml.safe_dump(site))
     # A late loader, so that the signal finds it half-way.
-    broken = workdir / "runs/broken"
-    slow = ";".join(f"slow:rank={rank},iteration=1,seconds=0.15" for rank in range(4))
-    job = sbatch(cluster, workdir, script, env=run | {"OVERRIDES": "run.name=broken", "DRILL": slow})
-    wait(lambda: events(broken, "training"), "first step", diagnose=lambda: output(workdir))
-    cluster.run(["scancel", "--signal=USR1", "--batch", job])
-    wait(lambda: len(events(broken, "job_started")) == 2, "second start", diagnose=lambda: output(workdir))
+    slow = ";".join(f"slow:rank={rank},iteration=1,seconds=0.6" for rank in range(4))
+    submit = ["zaya", "submit", "run.yaml", "run.name=preempted", "--site", "preempted.yaml", "--nodes", "2"]
+    done = cluster.run([*submit, "--nproc", "2", "--drill", slow], cwd=workdir, extra_env=ENVIRONMENT)
+    job = re.search(r"submitted job (\d+)", done.stdout)[1]
+    run_dir = workdir / "runs/preempted"
+    wait(lambda: events(run_dir, "training"), "first step", diagnose=lambda: output(workdir))
+    nodes = f"--nodelist={','.join(events(run_dir, 'attempt_started')[0]['hosts'])}"
+    environment = {"RUN_FILE": "run.yaml", "NPROC": "2", "OVERRIDES": "run.name=whole"}
+    script = str(SCRIPTS / "pretrain.sbatch")
+    whole = sbatch(cluster, workdir, "--partition=urgent", nodes, script, env=environment)
+    assert wait_for_end(cluster, whole, workdir) == "COMPLETED", output(workdir)
     assert wait_for_end(cluster, job, workdir) == "COMPLETED", output(workdir)
     assert job_field(cluster, job, "Restarts") == "1"
-    ended = read_metrics(broken / "metrics.jsonl", "RunEnded")
+    assert events(run_dir, "stop_asked")[0]["signal"] == "SIGUSR1"
+    ended = read_metrics(run_dir / "metrics.jsonl", "RunEnded")
     assert [e["reason"] for e in ended] == ["SIGUSR1", "finished"]
     assert 0 < ended[0]["iteration"] < 12
-    assert losses(broken) == losses(workdir / "runs/whole"), "bit for bit"
+    assert losses(run_dir) == losses(workdir / "runs/whole"), "bit for bit"
 
 
 def test_a_bad_node_a_full_disk_a_crash_a_hang_and_a_dead_node_in_one_run(
@@ -107,14 +119,18 @@ def test_a_bad_node_a_full_disk_a_crash_a_hang_and_a_dead_node_in_one_run(
     }
     job = sbatch(cluster, workdir, "--nodes=4", str(SCRIPTS / "pretrain.sbatch"), env=environment)
     metrics = run_dir / "metrics.jsonl"
-    wait(lambda: metrics.exists() and read_metrics(metrics, "SaveFailed"), "failed save", 120, lambda: output(workdir))
+    wait(
+        lambda: metrics.exists() and read_metrics(metrics, "SaveFailed"),
+        "failed save",
+        diagnose=lambda: output(workdir),
+    )
     (small_disk / "filler").unlink()
-    wait(lambda: len(events(run_dir, "training")) == 3, "third start", 150, lambda: output(workdir))
-    wait(lambda: read_metrics(metrics, "Saved"), "save", 60, lambda: output(workdir))
+    wait(lambda: len(events(run_dir, "training")) == 3, "third start", diagnose=lambda: output(workdir))
+    wait(lambda: read_metrics(metrics, "Saved"), "save", diagnose=lambda: output(workdir))
     victim = events(run_dir, "attempt_started")[-1]["hosts"][1]
     killed = time.time()
     cluster.crash_node(victim)
-    wait(lambda: len(events(run_dir, "training")) == 4, "fourth start", 90, lambda: output(workdir))
+    wait(lambda: len(events(run_dir, "training")) == 4, "fourth start", diagnose=lambda: output(workdir))
     assert wait_for_end(cluster, job, workdir) == "COMPLETED", output(workdir)
 
     (bad,) = events(run_dir, "node_excluded")
@@ -140,8 +156,11 @@ def test_a_bad_node_a_full_disk_a_crash_a_hang_and_a_dead_node_in_one_run(
     cluster.reboot_node(victim)
 
 
-def test_preflight_and_collectives_by_plain_sbatch(cluster, workdir, site):
-    """Both tiers on two healthy nodes, and the same figures by the benchmark's script."""
+def test_preflight_collectives_and_conversion_by_plain_sbatch(cluster, workdir, site, reference):
+    """Both tiers on two healthy nodes, the same figures by the benchmark's script, weights for other programs."""
+    convert = ["--nodelist=n3", str(SCRIPTS / "convert.sbatch"), "to-hf", "runs/smoke", "hf"]
+    converted = sbatch(cluster, workdir, *convert)
+    usage = sbatch(cluster, workdir, "--nodelist=n0", str(SCRIPTS / "convert.sbatch"))
     nodes = ["--nodes=2", "--nodelist=n1,n2"]
     environment = {"SITE": str(site), "NPROC": "1", "PATH": f"{workdir / 'bin'}:{ENVIRONMENT['PATH']}"}
     job = sbatch(cluster, workdir, *nodes, str(SCRIPTS / "preflight.sbatch"), env=environment)
@@ -150,8 +169,23 @@ def test_preflight_and_collectives_by_plain_sbatch(cluster, workdir, site):
     ranks = json.loads((workdir / "preflight/measurements.json").read_text())["ranks"]
     assert [rank["host"] for rank in ranks] == ["n1", "n2"]
     assert all(rank["world.all_reduce"] > 0 and rank["rail.send_recv_from"] for rank in ranks)
+    assert wait_for_end(cluster, converted, workdir) == "COMPLETED", output(workdir)
+    assert (workdir / "hf/config.json").is_file() and list((workdir / "hf").glob("*.safetensors"))
+    assert wait_for_end(cluster, usage, workdir) == "FAILED"
+    assert "convert: say what to convert" in (workdir / f"slurm-{usage}.out").read_text()
+
     bad = sbatch(
         cluster, workdir, "--nodelist=n0,n1", str(SCRIPTS / "preflight.sbatch"), env=environment | {"TIER": "1"}
     )
+    fabric = REPOSITORY / "configs/clusters/mi300x_128x8_rails.yaml"
+    (workdir / "fabric.env").write_text("export GLOO_SOCKET_IFNAME=lo ZAYA_SOURCED=1\n")
+    figures = {"NPROC": "1", "OUT": "figures.json", "CLUSTER": str(fabric), "ENV_FILE": "fabric.env",
+               "PYTHON": sys.executable}  # fmt: skip
+    nodes = ["--nodes=2", "--nodelist=n2,n3"]
+    bench = sbatch(cluster, workdir, *nodes, str(SCRIPTS / "bench_collectives.sbatch"), env=figures)
     assert wait_for_end(cluster, bad, workdir) == "FAILED"
     assert (workdir / "preflight/fail.txt").read_text() == "n0\n"
+    assert wait_for_end(cluster, bench, workdir) == "COMPLETED", output(workdir)
+    ranks = json.loads((workdir / "figures.json").read_text())["ranks"]
+    assert [rank["host"] for rank in ranks] == ["n2", "n3"] and all(rank["world.all_to_all"] > 0 for rank in ranks)
+    assert "all_reduce" in (workdir / f"slurm-{bench}.out").read_text(), "the planner's expectation is printed"
