@@ -1,6 +1,6 @@
 """Step time and peak memory of every proved layout beside data parallelism of the same world size.
 
-    python benchmarks/layouts.py                          every layout on 2 and 4 ranks, a table
+    python benchmarks/layouts.py                          every layout on 2, 4 and 8 ranks, a table
     python benchmarks/layouts.py --only tp2,pp2 --json    one JSON object on standard output
 
 A step is a whole training step of the smoke model (configs/smoke_cpu.yaml, shortened): micro-batches, gradient
@@ -43,7 +43,7 @@ SMALLER = [
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", metavar="NAME,NAME", help="these layouts, and what they are compared to")
-    parser.add_argument("--largest-world", type=int, default=4, metavar="RANKS", help="leave out larger worlds")
+    parser.add_argument("--largest-world", type=int, default=8, metavar="RANKS", help="leave out larger worlds")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4, help="timed steps of each layout per round")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")

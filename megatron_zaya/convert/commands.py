@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt.manifest import TensorInfo
+from megatron_zaya.compat import import_megatron
 from megatron_zaya.config import ConfigError, RunConfig
 from megatron_zaya.config.sections import ModelConfig
 from megatron_zaya.convert.errors import ConvertError
@@ -157,6 +158,7 @@ def from_torch_dist(source: Path, config: RunConfig, output: Path, options: Opti
     Raises:
         ConvertError: config or tensors do not fit, are damaged or not finite, or the output exists.
     """
+    import_megatron()
     from megatron_zaya.convert.torch_dist import TorchDist, our_names
     from megatron_zaya.convert.world import world_of_one
 
@@ -227,6 +229,7 @@ def to_torch_dist(
     Raises:
         ConvertError, CheckpointError: what is there cannot be converted, or the output exists.
     """
+    import_megatron()
     from megatron_zaya.convert.torch_dist import RUN, megatron_names, write_torch_dist
     from megatron_zaya.convert.world import world_of_one
 
