@@ -85,12 +85,15 @@ class Question:
 
     def wanted(self, device: Accelerator) -> Wanted:
         """Return what is planned for."""
+        from megatron_zaya.plan.price import wanted_of
+
         if (self.nodes is None) == (self.world_size is None):
             raise ConfigError("say how large the job is: --nodes, or --world-size")
         world_size = self.world_size if self.world_size is not None else (self.nodes or 1) * device.per_node
-        wanted = _wanted(self.config(), world_size, self.skew)
+        config = self.config()
         allowances = _with_allowances(device.allowances(), self.allowance)
-        return replace(wanted, allowances=allowances, min_fit_probability=self.probability, per_node=device.per_node)
+        wanted = wanted_of(config, world_size, self.skew, self.probability, allowances)
+        return replace(wanted, per_node=device.per_node)
 
 
 def _answers(command: Callable[..., None]) -> Callable[..., None]:
@@ -109,24 +112,6 @@ def _answers(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _wanted(config: RunConfig, world_size: int, skew: float) -> Wanted:
-    from megatron_zaya.plan.activations import Options
-    from megatron_zaya.plan.layer_time import Assumptions
-    from megatron_zaya.plan.search import Wanted
-    from megatron_zaya.plan.shape import batch_of, model_of, precision_of
-
-    batch = batch_of(config)
-    return Wanted(
-        model=model_of(config),
-        world_size=world_size,
-        seq_length=batch.seq_length,
-        global_batch_size=batch.global_batch_size,
-        precision=precision_of(config),
-        options=Options(loss_workspace_bytes=config.run.loss_workspace_mib * 2**20, expert_load=skew),
-        assume=Assumptions(skew=skew),
-    )
-
-
 def _with_allowances(allowances: Allowances, given: list[str] | None) -> Allowances:
     known = {"driver": "driver_bytes", "collectives": "collectives_bytes", "workspace": "workspace_bytes"}
     changes = {}
@@ -137,22 +122,6 @@ def _with_allowances(allowances: Allowances, given: list[str] | None) -> Allowan
         except (KeyError, ValueError):
             raise ConfigError(f"--allowance {text!r}: write NAME=GiB with one of {', '.join(known)}") from None
     return replace(allowances, **changes)
-
-
-def _price(config: RunConfig, wanted: Wanted, device: Accelerator, network: Network) -> Candidate:
-    """Return the run file's own plan with its predictions."""
-    from megatron_zaya.plan.layout import check_layout
-    from megatron_zaya.plan.memory import plan_memory
-    from megatron_zaya.plan.search import Candidate
-    from megatron_zaya.plan.shape import batch_of, layout_of
-    from megatron_zaya.plan.step_time import plan_step_time
-
-    check_layout(config, wanted.world_size)
-    layout, batch = layout_of(config, wanted.world_size), batch_of(config)
-    common: dict[str, Any] = dict(precision=wanted.precision, options=wanted.options)
-    memory = plan_memory(wanted.model, layout, batch, allowances=wanted.allowances, **common)
-    time = plan_step_time(wanted.model, layout, batch, device, network, assume=wanted.assume, **common)
-    return Candidate(layout, batch, memory, time, memory.fit_probability(device.memory_bytes, wanted.allowances))
 
 
 @app.command("search")
@@ -209,9 +178,10 @@ def _draw(found: Any, chosen: Candidate, wanted: Wanted, device: Accelerator, ne
 def plan_check(question: Question) -> None:
     """Say whether a run file's own layout fits, with the margin. Exit status 1 when it does not."""
     from megatron_zaya.plan import report
+    from megatron_zaya.plan.price import price_own_layout
 
     device, network = question.machine()
-    plan = _price(question.config(), question.wanted(device), device, network)
+    plan = price_own_layout(question.config(), question.wanted(device), device, network)
     fits = plan.fit_probability >= question.probability
     margin = device.memory_bytes - plan.memory_bytes
     if question.as_json:
