@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
 from megatron_zaya.optim.newton_schulz import newton_schulz
-from megatron_zaya.optim.pieces import Matrix, Plan, Slot, workspaces
+from megatron_zaya.optim.pieces import Matrix, Plan, Slot, messages, workspaces
 from megatron_zaya.optim.scratch import Scratch
 
 
@@ -50,15 +50,18 @@ class Wave:
 
 def _wave(plan: Plan, number: int, grid: Grid, shard_starts: Sequence[int]) -> Wave:
     owners = sorted(plan.waves[number].items(), key=lambda item: grid.group_ranks[item[0]])
-    ranges, outgoing, incoming = [], [0] * len(grid.group_ranks), [0] * len(grid.group_ranks)
-    for owner, index in owners:
-        for piece in plan.matrices[index].pieces:
+    ranges = []
+    for _, index in owners:
+        matrix = plan.matrices[index]
+        for piece in matrix.pieces:
             if piece.rank == grid.rank:
-                slot = plan.matrices[index].slot
-                ranges.append((slot, piece.start - shard_starts[slot], piece.numel))
-                outgoing[grid.group_ranks[owner]] += piece.numel
-            if owner == grid.rank:
-                incoming[grid.group_ranks[piece.rank]] += piece.numel
+                ranges.append((matrix.slot, piece.start - shard_starts[matrix.slot], piece.numel))
+    outgoing, incoming = [0] * len(grid.group_ranks), [0] * len(grid.group_ranks)
+    for (holder, owner), numel in messages(plan, number).items():
+        if holder == grid.rank:
+            outgoing[grid.group_ranks[owner]] = numel
+        if owner == grid.rank:
+            incoming[grid.group_ranks[holder]] = numel
     own = plan.waves[number].get(grid.rank)
     return Wave(None if own is None else plan.matrices[own], tuple(ranges), outgoing, incoming)
 

@@ -16,6 +16,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,7 @@ class Slot:
         return start, end
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """A contiguous part of a matrix on one rank."""
 
     rank: int
@@ -194,14 +194,25 @@ class Workspace:
         return 4 * self.send + 4 * self.matrix + 2 * self.gram
 
 
+def messages(plan: Plan, number: int) -> dict[tuple[int, int], int]:
+    """Return the elements that travel in a wave, by (holder, owner); an owner's own pieces are among them.
+
+    Pieces go from holder to owner, results from owner to holder, in messages of the same sizes.
+    """
+    found: dict[tuple[int, int], int] = {}
+    for owner, index in plan.waves[number].items():
+        for piece in plan.matrices[index].pieces:
+            found[piece.rank, owner] = found.get((piece.rank, owner), 0) + piece.numel
+    return found
+
+
 def workspaces(plan: Plan, ranks: int) -> list[Workspace]:
     """Return what each rank of the grid needs at most."""
     send, largest, gram = ([0] * ranks for _ in range(3))
-    for wave in plan.waves:
+    for number in range(len(plan.waves)):
         in_wave = [0] * ranks
-        for index in wave.values():
-            for piece in plan.matrices[index].pieces:
-                in_wave[piece.rank] += piece.numel
+        for (holder, _), numel in messages(plan, number).items():
+            in_wave[holder] += numel
         send = [max(pair) for pair in zip(send, in_wave, strict=True)]
     for matrix, owner in zip(plan.matrices, plan.owners, strict=True):
         largest[owner] = max(largest[owner], matrix.numel)

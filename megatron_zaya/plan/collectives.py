@@ -1,20 +1,24 @@
 """Which collectives one rank takes part in during a step: operation, bytes of one call, group, number of calls.
 
-For this project's own model the list equals what the dry run records (tests/plan/test_step_time.py holds them
-together), padding of buckets and messages below a kibibyte aside. Bytes follow the convention of `topology.cost`.
-Kinds are Megatron-Core's group names.
+For this project's own model the list equals, call by call and to the byte, what the dry run records
+(tests/plan/test_collectives.py holds them together), messages below a kibibyte aside; what Muon adds is in `muon`.
+Bytes follow the convention of `topology.cost`. Kinds are Megatron-Core's group names.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from megatron_zaya.plan.activations import Tokens, boundary_bytes
-from megatron_zaya.plan.parameters import layer_parameters, rank_parameters
+from megatron_zaya.plan.buckets import bucket_elements, rank_buckets
+from megatron_zaya.plan.parameters import Parameters, rank_parameters
 from megatron_zaya.plan.shape import Batch, Layout, ModelShape, Precision
+from megatron_zaya.plan.tensors import chunk_tensors
 
-Where = Literal["layer", "head", "embedding", "stage", "gradients", "parameters", "end"]
+Where = Literal["layer", "head", "embedding", "stage", "gradients", "parameters", "end", "optimizer"]
 Part = Literal["", "projections", "core_attn", "moe"]
 
 
@@ -232,13 +236,9 @@ def data_parallel_flows(m: ModelShape, layout: Layout, precision: Precision, pp_
     # Without overlap each of the two chained optimizers gathers the parameters of both.
     chained = parameters.dense > 0 and parameters.expert > 0
     gathers = 1 if layout.overlap_param_gather or not chained else 2
-    buckets = {
-        "dp_cp": dense_buckets(layout, parameters.dense, parameters.largest_dense),
-        "ep_dp": expert_buckets(layout, parameters.expert, parameters.largest_expert),
-    }
-    for kind, sizes in buckets.items():
+    for kind, is_expert in (("dp_cp", False), ("ep_dp", True)):
         ranks = group(layout, kind)
-        for elements, count in sizes if ranks[1] > 1 else ():
+        for elements, count in _bucket_sizes(m, layout, parameters, pp_rank, is_expert) if ranks[1] > 1 else ():
             gradients, weights = elements * precision.gradient, elements * precision.parameter
             if layout.use_distributed_optimizer:
                 flows.append(Flow("gradients", kind, "reduce_scatter", gradients, ranks, 0, count))
@@ -248,17 +248,19 @@ def data_parallel_flows(m: ModelShape, layout: Layout, precision: Precision, pp_
     return flows + _shared_gradient_flows(m, layout, precision, pp_rank)
 
 
-Buckets = list[tuple[float, int]]
-"""Elements of a bucket, and how many such buckets there are."""
+def _bucket_sizes(
+    m: ModelShape, layout: Layout, parameters: Parameters, pp_rank: int, is_expert: bool
+) -> list[tuple[float, int]]:
+    """Return the elements of buckets and how many such there are: exact for ZAYA, by size of the tensors otherwise."""
+    if m.is_zaya:
+        return list(Counter(float(bucket.numel) for bucket in rank_buckets(m, layout, pp_rank, is_expert)).items())
+    if is_expert:
+        return _expert_buckets(layout, parameters.expert, parameters.largest_expert)
+    return _dense_buckets(layout, parameters.dense, parameters.largest_dense)
 
 
-def bucket_elements(layout: Layout) -> int:
-    """Return the elements after which a bucket is closed. Source: Megatron-Core, `DistributedDataParallel`."""
-    return layout.bucket_elements or max(40_000_000, 1_000_000 * layout.dp * layout.cp)
-
-
-def dense_buckets(layout: Layout, elements: int, largest: int) -> Buckets:
-    """Return the buckets of all that is no expert: one holds the largest tensor, the others are closed when full."""
+def _dense_buckets(layout: Layout, elements: int, largest: int) -> list[tuple[float, int]]:
+    """Buckets of all that is no expert: one holds the largest tensor, the others are closed when full."""
     if not elements:
         return []
     others = (elements - largest) // bucket_elements(layout) if layout.overlap_grad_reduce else 0
@@ -268,8 +270,8 @@ def dense_buckets(layout: Layout, elements: int, largest: int) -> Buckets:
     return [(first, 1), ((elements - first) / others, others)]
 
 
-def expert_buckets(layout: Layout, elements: int, largest: int) -> Buckets:
-    """Return the buckets of the experts; the tensors of a layer's experts are two, often larger than a bucket."""
+def _expert_buckets(layout: Layout, elements: int, largest: int) -> list[tuple[float, int]]:
+    """Buckets of the experts; the tensors of a layer's experts are two, often larger than a bucket."""
     if not elements:
         return []
     count = int(elements // max(bucket_elements(layout), 0.75 * largest)) if layout.overlap_grad_reduce else 1
@@ -282,29 +284,27 @@ def _shared_gradient_flows(m: ModelShape, layout: Layout, precision: Precision, 
     if layout.pp > 1 and m.share_embeddings_and_output_weights and pp_rank in (0, layout.pp - 1):
         table = m.vocab_size * m.hidden_size / layout.tp
         flows.append(Flow("end", "embd", "all_reduce", table * precision.gradient, group(layout, "embd"), 0, 1))
-    if layout.tp > 1 and layout.sequence_parallel and m.is_zaya:
-        size = _replicated(m, layout, pp_rank) * precision.gradient
+    if layout.tp == 1 or not m.is_zaya:
+        return flows
+    split = Layout(tp=layout.tp, pp=layout.pp, vp=layout.vp, stage_layers=layout.stage_layers)
+    of_heads, replicated = _copied_elements(m, split, pp_rank)
+    if layout.sequence_parallel:
+        size = replicated * precision.gradient
         flows.append(Flow("end", "tp", "all_reduce", size, group(layout, "tp"), 0, 1))
-    holders = layout.tp // m.num_query_groups
-    if m.is_zaya and holders > 1:
-        width = m.kv_width // m.num_query_groups
-        shared = 2 * width * m.hidden_size + width * (m.cca_time0 + m.kv_channels * m.cca_time1 + 2) + 1
-        layers = sum(layout.layers_of_stages(m.num_layers)[pp_rank :: layout.pp])
-        size = shared * layers * precision.gradient
-        flows.append(Flow("end", "kv_replica", "all_reduce", size, (1, holders), 0, 1))
+    if of_heads:
+        size = of_heads * precision.gradient
+        flows.append(Flow("end", "kv_replica", "all_reduce", size, (1, layout.tp // m.num_query_groups), 0, 1))
     return flows
 
 
-def _replicated(m: ModelShape, layout: Layout, pp_rank: int) -> int:
-    """Return the elements that every tensor-parallel rank holds: norms, residual scaling, routers."""
-    alone = Layout(tp=1)
-    split = Layout(world_size=2, tp=2)
-    total = 0
-    sizes = layout.layers_of_stages(m.num_layers)
-    for stage in range(pp_rank, layout.stages, layout.pp):
-        for count, index in ((sizes[stage] - (stage == 0), m.num_layers), (int(stage == 0), 0)):
-            # What halves with two ranks is split; the rest is replicated.
-            whole, part = layer_parameters(m, alone, index).dense, layer_parameters(m, split, index).dense
-            total += (2 * part - whole) * count
-        total += 2 * m.hidden_size * (stage == 0) + m.hidden_size * (stage == layout.stages - 1)
-    return total
+@lru_cache(maxsize=4096)
+def _copied_elements(m: ModelShape, split: Layout, pp_rank: int) -> tuple[int, int]:
+    """Return what a rank holds of shared key-value heads, and of what every tensor-parallel rank holds."""
+    of_heads = replicated = 0
+    for stage in range(pp_rank, split.stages, split.pp):
+        for tensor in chunk_tensors(m, split, stage):
+            if tensor.copies > 1 and tensor.is_attention:
+                of_heads += tensor.numel
+            elif tensor.copies > 1:
+                replicated += tensor.numel
+    return of_heads, replicated

@@ -117,7 +117,7 @@ class Network:
 
     def _price(self, op: str, size_bytes: float, shape: GroupShape, skew: float) -> float:
         cost = self.cost
-        if self.switched and shape.per_node > 1:
+        if self.switched and shape.per_node > 1 and op != "send_recv":
             # A switch gives a rank its whole rate to any number of peers; the model counts links of a mesh.
             cost = replace(cost, link_bytes_per_s=cost.link_bytes_per_s / (shape.per_node - 1))
         if shape.nodes > 1 and self.nics_per_node < 8:

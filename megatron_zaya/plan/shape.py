@@ -176,6 +176,13 @@ class Precision:
     """Both of Adam's moments."""
     matrix_moments: int = 8
     """Of hidden matrices: Muon keeps the momentum only (4)."""
+    newton_schulz: int = 2
+    """What Muon iterates in and sends."""
+
+    @property
+    def is_muon(self) -> bool:
+        """Whether Muon trains the hidden matrices."""
+        return self.matrix_moments < self.moments
 
 
 def model_of(config: RunConfig) -> ModelShape:
@@ -240,4 +247,7 @@ def precision_of(config: RunConfig) -> Precision:
     wide = config.run.precision == "fp32"
     gradient = 4 if wide or config.parallel.grad_reduce_in_fp32 else 2
     matrices = 4 if config.optimizer.optimizer == "muon" else 8
-    return Precision(4 if wide else 2, gradient, master=0 if wide else 4, matrix_moments=matrices)
+    iterated = 2 if config.optimizer.muon_newton_schulz_dtype == "bf16" else 4
+    return Precision(
+        4 if wide else 2, gradient, master=0 if wide else 4, matrix_moments=matrices, newton_schulz=iterated
+    )

@@ -76,7 +76,7 @@ def _optimizer_s(
     per_element = 2 * precision.gradient + 2 * (precision.master + precision.moments) + precision.parameter
     passes = per_element if assume.fused_optimizer else 2.5 * per_element
     seconds = device.traffic_s(own * passes + parameters.total * precision.gradient)
-    return seconds + (muon_s(m, layout, device, network) if precision.matrix_moments < precision.moments else 0.0)
+    return seconds + (muon_s(m, layout, precision, device, network, pp_rank) if precision.is_muon else 0.0)
 
 
 def hop_time_s(m: ModelShape, layout: Layout, batch: Batch, network: Network, precision: Precision) -> float:
