@@ -120,6 +120,7 @@ def build_model(
 ) -> list[DistributedDataParallel]:
     """Return the initialised stages of this rank, each wrapped in Megatron-Core's DistributedDataParallel."""
     parallel = config.parallel
+    gathers_early = parallel.overlap_param_gather and parallel.use_distributed_optimizer  # nothing to gather otherwise
     stages = build_stages(config, pg_collection)
     transformer = stages[0].config
     chunks = []
@@ -128,7 +129,7 @@ def build_model(
         ddp_config = DistributedDataParallelConfig(
             use_distributed_optimizer=parallel.use_distributed_optimizer,
             overlap_grad_reduce=parallel.overlap_grad_reduce,
-            overlap_param_gather=parallel.overlap_param_gather,
+            overlap_param_gather=gathers_early,
             grad_reduce_in_fp32=parallel.grad_reduce_in_fp32,
             bucket_size=parallel.ddp_bucket_size,
         )
@@ -142,7 +143,7 @@ def build_model(
     if parallel.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in chunks]
         transformer.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
-    if parallel.overlap_param_gather:
+    if gathers_early:
         param_sync = [chunk.start_param_sync for chunk in chunks]
         transformer.param_sync_func = param_sync if len(chunks) > 1 else param_sync[0]
     return chunks
