@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from megatron_zaya.plan.hardware import Accelerator, Network
     from megatron_zaya.plan.memory import Allowances
     from megatron_zaya.plan.search import Candidate, Wanted
+    from megatron_zaya.plan.validate import Comparison
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Memory, time, layouts."
@@ -91,9 +92,8 @@ class Question:
             raise ConfigError("say how large the job is: --nodes, or --world-size")
         world_size = self.world_size if self.world_size is not None else (self.nodes or 1) * device.per_node
         config = self.config()
-        allowances = _with_allowances(device.allowances(), self.allowance)
-        wanted = wanted_of(config, world_size, self.skew, self.probability, allowances)
-        return replace(wanted, per_node=device.per_node)
+        wanted = wanted_of(config, world_size, device, self.skew, self.probability)
+        return replace(wanted, allowances=_with_allowances(wanted.allowances, self.allowance))
 
 
 def _answers(command: Callable[..., None]) -> Callable[..., None]:
@@ -217,30 +217,28 @@ def plan_dryrun(
 
     quiet_megatron()
     from megatron_zaya.plan.dryrun.run import dry_run
-    from megatron_zaya.plan.price import wanted_of
 
     per_stage = world_size // config.parallel.pipeline_model_parallel_size
     ranks = rank or list(range(0, world_size, per_stage))
-    wanted = wanted_of(config, world_size, skew)
     records = []
     for number in ranks:
         run = dry_run(config, world_size, number, skew=skew)
-        records.append({**run.as_record(), "model": _modelled(config, wanted, number // per_stage)})
+        records.append({**run.as_record(), "model": _modelled(config, world_size, skew, number // per_stage)})
         if not as_json:
             _show_dry_run(records[-1])
     if as_json:
         typer.echo(json.dumps(records, indent=1))
 
 
-def _modelled(config: RunConfig, wanted: Wanted, pp_rank: int) -> dict[str, float]:
+def _modelled(config: RunConfig, world_size: int, skew: float, pp_rank: int) -> dict[str, float]:
     """Return what the memory model says of the same rank."""
     from megatron_zaya.plan.memory import stage_memory
-    from megatron_zaya.plan.shape import batch_of, layout_of
+    from megatron_zaya.plan.price import options_of
+    from megatron_zaya.plan.shape import batch_of, layout_of, model_of, precision_of
 
-    layout = layout_of(config, wanted.world_size)
-    stage = stage_memory(
-        wanted.model, layout, batch_of(config), pp_rank, precision=wanted.precision, options=wanted.options
-    )
+    layout, batch = layout_of(config, world_size), batch_of(config)
+    options, precision = options_of(config, skew), precision_of(config)
+    stage = stage_memory(model_of(config), layout, batch, pp_rank, precision=precision, options=options)
     return {"construction": stage.construction_peak, "step": stage.step_peak, "optimizer_step": stage.optimizer_peak}
 
 
@@ -271,26 +269,36 @@ def _show_dry_run(record: dict[str, Any]) -> None:
 @app.command("validate")
 def plan_validate(
     points: Annotated[
-        Path | None, typer.Option(help="Published points (YAML); default: the calibration points.")
+        Path | None, typer.Option(help="Published points (YAML); default: those of calibration, and those held out.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Hold memory and time against published measurements: every error with its sign."""
-    from megatron_zaya.plan.validate import FITTED, POINTS, compare, summary
+    from megatron_zaya.plan.validate import FITTED, HELD_OUT, POINTS, compare, summary
 
-    comparisons = compare(points or POINTS)
-    totals = summary(comparisons)
+    seen, held_out = compare(points or POINTS), [] if points else compare(HELD_OUT)
     if as_json:
-        rows = [{**c.__dict__, "error": c.error} for c in comparisons]
-        typer.echo(json.dumps({"points": rows, "summary": totals, "fitted_parameters": FITTED}, indent=1))
+        record, others = (
+            {"points": [c.as_record() for c in part], "summary": summary(part)} for part in (seen, held_out)
+        )
+        typer.echo(json.dumps({**record, "held_out": others, "fitted_parameters": FITTED}, indent=1))
         return
+    _show_comparisons(seen, "published points")
+    if held_out:
+        _show_comparisons(held_out, "published points that no parameter has seen")
+    _console().print(f"{len(FITTED)} parameters were fitted: {'; '.join(FITTED)}")
+
+
+def _show_comparisons(comparisons: list[Comparison], title: str) -> None:
+    """Print every error with its sign, and their size."""
     from rich.table import Table
 
-    table = Table("point", "quantity", "measured", "predicted", "error", "source")
+    from megatron_zaya.plan.validate import summary
+
+    table = Table("point", "quantity", "measured", "predicted", "error", "source", title=title)
     for c in comparisons:
         table.add_row(c.point, c.quantity, f"{c.measured:,.2f}", f"{c.predicted:,.2f}", f"{c.error:+.1%}", c.source)
     console = _console()
     console.print(table)
-    for name, value in totals.items():
+    for name, value in summary(comparisons).items():
         console.print(f"{name.replace('_', ' ')}: {value:.1%}")
-    console.print(f"{len(FITTED)} parameters were fitted: {'; '.join(FITTED)}")

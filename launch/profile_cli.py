@@ -92,7 +92,7 @@ def show(config: RunConfig, summary: Summary, world_size: int, accelerator: str 
     from megatron_zaya.telemetry.profile import beside_plan
 
     device = known(_accelerator_of(summary, accelerator))
-    plan = price_own_layout(config, wanted_of(config, world_size), device, Network.of(device))
+    plan = price_own_layout(config, wanted_of(config, world_size, device), device, Network.of(device))
     same = device.name in summary.device
     console: Any = Console(width=110, highlight=False)
     note = "" if same else f"; the plan is for {device.name}, so compare shares"

@@ -9,20 +9,28 @@ from megatron_zaya.plan.activations import Options
 from megatron_zaya.plan.hardware import Accelerator, Network
 from megatron_zaya.plan.layer_time import Assumptions
 from megatron_zaya.plan.layout import check_layout
-from megatron_zaya.plan.memory import Allowances, plan_memory
+from megatron_zaya.plan.memory import plan_memory
 from megatron_zaya.plan.search import Candidate, Wanted
 from megatron_zaya.plan.shape import batch_of, layout_of, model_of, precision_of
 from megatron_zaya.plan.step_time import plan_step_time
 
 
+def options_of(config: RunConfig, skew: float = 1.0) -> Options:
+    """Return what else decides the memory of a run file's model."""
+    return Options(loss_workspace_bytes=config.run.loss_workspace_mib * 2**20, expert_load=skew)
+
+
 def wanted_of(
     config: RunConfig,
     world_size: int,
+    device: Accelerator,
     skew: float = 1.0,
     probability: float = 0.95,
-    allowances: Allowances | None = None,
 ) -> Wanted:
-    """Return what a plan of this run has to carry; ``skew`` is the busiest expert rank's load over the mean."""
+    """Return what a plan of this run on ``device`` has to carry, with what the device is known to hold besides.
+
+    ``skew`` is the busiest expert rank's load over the mean.
+    """
     batch = batch_of(config)
     return Wanted(
         model=model_of(config),
@@ -30,8 +38,9 @@ def wanted_of(
         seq_length=batch.seq_length,
         global_batch_size=batch.global_batch_size,
         precision=precision_of(config),
-        options=Options(loss_workspace_bytes=config.run.loss_workspace_mib * 2**20, expert_load=skew),
-        allowances=allowances or Allowances(),
+        options=options_of(config, skew),
+        allowances=device.allowances(),
+        per_node=device.per_node,
         assume=Assumptions(skew=skew),
         min_fit_probability=probability,
     )

@@ -45,7 +45,8 @@ class Wanted:
     global_batch_size: int
     precision: Precision = field(default_factory=Precision)
     options: Options = field(default_factory=Options)
-    allowances: Allowances = field(default_factory=Allowances)
+    allowances: Allowances = field(kw_only=True)
+    """Those of the accelerator (`Accelerator.allowances`), or as the user knows better."""
     assume: Assumptions = field(default_factory=Assumptions)
     min_fit_probability: float = 0.95
     micro_batch_sizes: tuple[int, ...] = (1, 2, 4, 8)

@@ -17,6 +17,8 @@ from megatron_zaya.plan.shape import Batch, Layout, ModelShape, Precision
 from megatron_zaya.plan.step_time import StepTime, model_flops_per_token, plan_step_time
 
 POINTS = Path(__file__).parent / "data" / "calibration.yaml"
+HELD_OUT = Path(__file__).parent / "data" / "held_out.yaml"
+"""Points that no parameter has seen."""
 FITTED = (
     "kernels that the host starts per layer of an unfused mixture of experts",
     "inner dimension at which products of MI300X and its successors reach half of their rate",
@@ -41,6 +43,10 @@ class Comparison:
     def error(self) -> float:
         """Relative, positive where the planner says more."""
         return self.predicted / self.measured - 1
+
+    def as_record(self) -> dict[str, Any]:
+        """Return plain data."""
+        return {**self.__dict__, "error": self.error}
 
 
 def _predict(quantity: str, model: ModelShape, layout: Layout, batch: Batch, memory: Memory, time: StepTime) -> float:

@@ -280,7 +280,7 @@ def _planned(part: Part, name: str) -> Planned:
         return made
     device = accelerator(name)
     try:
-        wanted = wanted_of(part.config, part.world_size)
+        wanted = wanted_of(part.config, part.world_size, device)
         plan = price_own_layout(part.config, wanted, device, Network.of(device))
     except ConfigError as error:
         made.problems.append(f"The planner has no prediction: {error}")

@@ -26,7 +26,8 @@ def zaya_plan(*arguments) -> subprocess.CompletedProcess:
 
 def found(world_size=1024, seq_length=4096, batch=4096, name="MI300X", **more):
     device = accelerator(name)
-    wanted = Wanted(model_of(load_config(ZAYA1)), world_size, seq_length, batch, **more)
+    model = model_of(load_config(ZAYA1))
+    wanted = Wanted(model, world_size, seq_length, batch, allowances=device.allowances(), **more)
     return search(wanted, device, Network.of(device))
 
 
