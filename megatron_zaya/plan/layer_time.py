@@ -108,6 +108,16 @@ def _products(
     return products
 
 
+def sorting_bytes(m: ModelShape, layout: Layout, t: Tokens) -> float:
+    """Return what a pass over a layer reads and writes to sort rows by local expert, and back, which nothing keeps.
+
+    Rows arrive by rank; where a rank has several experts Megatron-Core's all-to-all dispatcher sorts them.
+    """
+    if layout.ep == 1 or m.num_moe_experts <= layout.ep or layout.dispatcher != "alltoall":
+        return 0.0
+    return 2 * (2 + 2) * t.experts * m.hidden_size
+
+
 def layer_work(
     m: ModelShape, layout: Layout, batch: Batch, device: Accelerator, network: Network, assume: Assumptions,
     options: Options, is_moe: bool,
@@ -128,7 +138,8 @@ def layer_work(
     work.backward["core attention"] = device.attention_s(2.5 * scores)
     kept = sum([f.kept_bytes for f in layer_footprints(m, layout, t, options, m.num_layers if is_moe else 0).values()])
     passes = device.traffic_s(assume.passes_per_tensor * kept)
-    work.forward["memory passes"], work.backward["memory passes"] = passes, 2 * passes
+    sorting = device.traffic_s(sorting_bytes(m, layout, t)) if is_moe else 0.0
+    work.forward["memory passes"], work.backward["memory passes"] = passes + sorting, 2 * passes + sorting
     if m.is_zaya:
         weights = layer_parameters(m, layout, m.num_layers if is_moe else 0).total
         work.backward["gradient accumulation"] = device.traffic_s(weights * (2 + 4 + 4))

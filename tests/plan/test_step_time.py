@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from megatron_zaya.config import load_config
-from megatron_zaya.plan.activations import Options
+from megatron_zaya.plan.activations import Options, Tokens
 from megatron_zaya.plan.hardware import Network, accelerator
-from megatron_zaya.plan.layer_time import Assumptions, StageTime, stage_times
+from megatron_zaya.plan.layer_time import Assumptions, StageTime, sorting_bytes, stage_times
 from megatron_zaya.plan.memory import plan_memory
 from megatron_zaya.plan.muon import muon_s
 from megatron_zaya.plan.pipeline_time import simulate
@@ -42,6 +42,14 @@ def test_parts_add_up_and_skew_and_lost_nics_cost_time():
     degraded = plan_step_time(model, layout, batch, device, Network.of(device, nics_down=4))
     assert skewed.step_s > plain.step_s
     assert degraded.step_s > plain.step_s
+
+
+def test_rows_are_sorted_only_where_a_rank_has_several_experts_and_rows_of_other_ranks():
+    model, batch = model_of(load_config(ZAYA1)), Batch(4096, 1, 16)
+    for ep, passes in ((1, 0), (8, 4), (16, 0)):
+        layout = Layout(world_size=16, ep=ep)
+        t = Tokens.of(model, layout, batch, 1.0)
+        assert sorting_bytes(model, layout, t) == passes * 2 * t.experts * model.hidden_size
 
 
 def test_small_buckets_suit_few_ranks_and_large_ones_many():

@@ -15,7 +15,7 @@ from megatron_zaya.plan.memory import plan_memory
 from megatron_zaya.plan.parameters import active_parameters, model_parameters
 from megatron_zaya.plan.shape import Batch, Layout, ModelShape, model_of
 from megatron_zaya.plan.step_time import plan_step_time
-from megatron_zaya.plan.validate import POINTS, compare, summary
+from megatron_zaya.plan.validate import HELD_OUT, POINTS, compare, summary
 from tests.plan.test_plan_cli import zaya_plan
 
 ZAYA1 = Path(__file__).parents[2] / "configs/zaya1_8b.yaml"
@@ -26,6 +26,14 @@ def test_memory_is_within_three_percent_of_published_allocator_figures_in_the_me
     assert found["memory_median_error"] < 0.03
     assert found["memory_largest_error"] < 0.08
     assert found["time_median_error"] < 0.08
+
+
+def test_dense_models_that_nothing_was_fitted_to_are_within_six_percent():
+    found = compare(HELD_OUT)
+    dense = [c for c in found if c.point.startswith(("Llama", "GPT 175B"))]
+    assert len(dense) == 6
+    assert all(abs(c.error) < 0.06 for c in dense)
+    assert all(c.source for c in found)
 
 
 def test_points_of_others_are_taken_and_mistakes_named(tmp_path):
@@ -45,6 +53,7 @@ def test_the_command_prints_signs_and_the_number_of_fitted_parameters():
     assert "%" in done.stdout
     record = json.loads(zaya_plan("validate", "--json").stdout)
     assert len(record["points"]) >= 15
+    assert len(record["held_out"]["points"]) >= 8
 
 
 def fit_probability(name: str, world_size: int, micro: int, **degrees: int) -> float:
