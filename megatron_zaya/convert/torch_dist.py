@@ -4,12 +4,13 @@ Names and shapes of weights are equal on both sides, because the model describes
 names. Optimizer state has the names of its distributed optimizer in model space: `optimizer.state.<what>.<weight>`,
 with a `param` for every trained weight (what we call a master copy, and keep in reduced precision only).
 
-Streaming: the reader fills one whole tensor at a time and the writer is given one at a time, so memory is a few of the
-largest tensors, never the model; torch's format has no way to read or write a part of a stored piece.
+Streaming: the reader fills one whole tensor at a time, so memory is a few of the largest tensors, never the model. The
+writer is given a piece of a tensor at a time; torch's format has no way to read or write a part of a stored piece.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import logging
 import math
@@ -32,7 +33,8 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 
 from ckpt.manifest import TensorInfo
 from ckpt.memory import DTYPES, TORCH_DTYPES
@@ -46,6 +48,8 @@ logger = logging.getLogger(__name__)
 METADATA, COMMON, CONFIG = ".metadata", "common.pt", "metadata.json"
 RUN = "zaya"
 """Where our own counters and configuration lie in the common part."""
+PIECE = 32 << 20
+"""Bytes of a tensor that are written as one piece, which torch's writer and reader hold twice."""
 HELD = 3
 """Tensors that a reader keeps; a chunk of the output may end one and begin the next, on several threads."""
 
@@ -143,20 +147,43 @@ class TorchDist:
 
 
 class _Planner(DefaultSavePlanner):
-    """Hands out a tensor when it is written."""
+    """Cuts tensors into pieces along their first dimension, and hands each out when it is written."""
 
     def __init__(self, weights: Weights, progress: Progress) -> None:
         super().__init__(flatten_state_dict=False)
         self.weights, self.progress, self.total = weights, progress, size_of(weights.tensors)
 
+    def create_local_plan(self) -> SavePlan:
+        whole = super().create_local_plan().items
+        self.plan = SavePlan([piece for item in whole for piece in _pieces(item)])
+        return self.plan
+
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
-        name = write_item.index.fqn
+        name, chunk = write_item.index.fqn, write_item.tensor_data.chunk
         info = self.weights.tensors[name]
-        raw = np.empty(math.prod(info.shape) * info.item_bytes, dtype=np.uint8)
-        self.weights.read(name, 0, raw)
-        check_finite(self.weights, name, 0, raw)
+        start = chunk.offsets[0] * math.prod(info.shape[1:]) if chunk.offsets else 0
+        raw = np.empty(math.prod(chunk.sizes) * info.item_bytes, dtype=np.uint8)
+        self.weights.read(name, start, raw)
+        check_finite(self.weights, name, start, raw)
         self.progress(len(raw), self.total)
-        return torch.from_numpy(raw).view(TORCH_DTYPES[info.dtype]).view(info.shape)
+        return torch.from_numpy(raw).view(TORCH_DTYPES[info.dtype]).view(chunk.sizes)
+
+
+def _pieces(item: WriteItem) -> list[WriteItem]:
+    """Cut the writing of a whole tensor into pieces of about PIECE bytes, or rows of the first dimension."""
+    data = item.tensor_data
+    shape = data.size
+    row_bytes = math.prod(shape[1:]) * data.properties.dtype.itemsize
+    if not shape or shape[0] * row_bytes <= PIECE:
+        return [item]
+    rows = max(1, PIECE // row_bytes)
+    pieces = []
+    for first in range(0, shape[0], rows):
+        offsets = torch.Size([first, *(0 for _ in shape[1:])])
+        sizes = torch.Size([min(rows, shape[0] - first), *shape[1:]])
+        chunk = dataclasses.replace(data, chunk=ChunkStorageMetadata(offsets=offsets, sizes=sizes))
+        pieces.append(WriteItem(MetadataIndex(item.index.fqn, offsets), WriteItemType.SHARD, tensor_data=chunk))
+    return pieces
 
 
 class _Streaming(TorchDistSaveShardedStrategy):
@@ -173,7 +200,7 @@ class _Streaming(TorchDistSaveShardedStrategy):
                 state[value.key] = value.data
             else:  # 0.19 passes the common part as an object; it still looks for this file first
                 torch.save(value.data, Path(checkpoint_dir, COMMON))
-        # A file per tensor: torch's writer keeps all tensors of a file until it closes it.
+        # A file per piece: torch's writer keeps all tensors of a file until it closes it.
         writer = dcp.FileSystemWriter(checkpoint_dir, single_file_per_rank=False, sync_files=True)
         try:
             dcp.save(state, storage_writer=writer, planner=self.planner)
