@@ -28,12 +28,11 @@ class _RMSNorm(Function):
     @once_differentiable
     def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, Tensor, None]:
         x_TH, weight_H, inverse_T1 = ctx.saved_tensors
-        normed_TH = x_TH * inverse_T1
-        product_TH = grad_TH * normed_TH
-        along_T1 = (product_TH @ weight_H).div_(x_TH.shape[-1]).unsqueeze(-1)
-        grad_weight_H = product_TH.sum(0)
+        product_TH = grad_TH * x_TH
+        along_T = (product_TH @ weight_H).mul_(inverse_T1.flatten().square()).div_(x_TH.shape[-1])
+        grad_weight_H = inverse_T1.flatten() @ product_TH
         grad_x_TH = torch.mul(grad_TH, weight_H, out=product_TH)
-        return grad_x_TH.addcmul_(normed_TH, along_T1, value=-1).mul_(inverse_T1), grad_weight_H, None
+        return grad_x_TH.addcmul_(x_TH, along_T.unsqueeze(-1), value=-1).mul_(inverse_T1), grad_weight_H, None
 
 
 def rms_norm(x: Tensor, weight_H: Tensor, eps: float, wide: bool = True) -> Tensor:
@@ -152,11 +151,12 @@ class _CausalTaps(Function):
     def backward(ctx: Any, grad_XTD: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         x_XRD, weight_kXDD, position_T = ctx.saved_tensors
         rows, step = grad_XTD.shape[1], ctx.step
-        grad_x, grad_weight = torch.zeros_like(x_XRD), torch.empty_like(weight_kXDD)
+        grad_x, grad_weight = torch.empty_like(x_XRD), torch.empty_like(weight_kXDD)
+        grad_x[:, rows:].zero_()  # the first tap fills the others
         for tap, weight_XDD in enumerate(weight_kXDD):
             window = slice(tap * step, tap * step + rows)
             grad = _within_document(grad_XTD, len(weight_kXDD) - 1 - tap, position_T)
-            grad_x[:, window].baddbmm_(grad, weight_XDD.transpose(1, 2))
+            grad_x[:, window].baddbmm_(grad, weight_XDD.transpose(1, 2), beta=min(tap, 1))
             torch.bmm(x_XRD[:, window].transpose(1, 2), grad, out=grad_weight[tap])
         return grad_x, grad_weight, grad_XTD.sum(1, keepdim=True), None, None
 
@@ -233,22 +233,50 @@ def run_product(x_TI: Tensor, weight_EOI: Tensor, runs: list[int]) -> Tensor:
     return _RunProduct.apply(x_TI, weight_EOI, runs)
 
 
-class _RowPermutation(Function):
+def _take(x_TH: Tensor, order_T: Tensor, inverse_T: Tensor, count: int) -> Tensor:
+    return x_TH.index_select(0, order_T[:count])
+
+
+def _spread(x_CH: Tensor, order_T: Tensor, inverse_T: Tensor, count: int) -> Tensor:
+    if count == 0:
+        return x_CH.new_zeros(len(order_T), x_CH.shape[1])
+    return x_CH.index_select(0, inverse_T.clamp_max(count - 1)).index_fill_(0, order_T[count:], 0)
+
+
+class _TakenRows(Function):
     @staticmethod
-    def forward(ctx: Any, x_TH: Tensor, order_T: Tensor, inverse_T: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse_T)
-        return x_TH.index_select(0, order_T)
+    def forward(ctx: Any, x_TH: Tensor, order_T: Tensor, inverse_T: Tensor, count: int) -> Tensor:
+        ctx.save_for_backward(order_T, inverse_T)
+        ctx.count = count
+        return _take(x_TH, order_T, inverse_T, count)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, None, None]:
-        inverse_T = ctx.saved_tensors[0]
-        return grad_TH.index_select(0, inverse_T), None, None
+    def backward(ctx: Any, grad_CH: Tensor) -> tuple[Tensor, None, None, None]:
+        return _spread(grad_CH, *ctx.saved_tensors, ctx.count), None, None, None
 
 
-def permute_rows(x_TH: Tensor, order_T: Tensor, inverse_T: Tensor) -> Tensor:
-    """Return ``x_TH[order_T]`` for a permutation and its inverse: backward is a gather too, not a scatter-add."""
-    return _RowPermutation.apply(x_TH, order_T, inverse_T)
+class _SpreadRows(Function):
+    @staticmethod
+    def forward(ctx: Any, x_CH: Tensor, order_T: Tensor, inverse_T: Tensor, count: int) -> Tensor:
+        ctx.save_for_backward(order_T, inverse_T)
+        ctx.count = count
+        return _spread(x_CH, order_T, inverse_T, count)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, None, None, None]:
+        return _take(grad_TH, *ctx.saved_tensors, ctx.count), None, None, None
+
+
+def take_rows(x_TH: Tensor, order_T: Tensor, inverse_T: Tensor, count: int) -> Tensor:
+    """Return rows ``order_T[:count]`` of a permutation and its inverse: backward is a gather too, not a scatter-add."""
+    return _TakenRows.apply(x_TH, order_T, inverse_T, count)
+
+
+def spread_rows(x_CH: Tensor, order_T: Tensor, inverse_T: Tensor, count: int) -> Tensor:
+    """Undo :func:`take_rows`: put the rows back where they came from; the T - count others are zero."""
+    return _SpreadRows.apply(x_CH, order_T, inverse_T, count)
 
 
 @lru_cache

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.token_dispatcher import (
@@ -21,7 +20,7 @@ from megatron.core.transformer.moe.token_dispatcher import (
 from megatron.core.utils import divide
 from torch import Tensor
 
-from megatron_zaya.model.derivatives import permute_rows
+from megatron_zaya.model.derivatives import spread_rows, take_rows
 from megatron_zaya.model.experts import GroupedExperts
 from megatron_zaya.model.router import Routing, ZayaRouter
 from megatron_zaya.model.transformer_config import ZayaTransformerConfig
@@ -86,11 +85,10 @@ def mix_locally(x_TH: Tensor, routing: Routing, experts: GroupedExperts) -> Tens
     order_T = routing.class_T.argsort(stable=True)  # the skip class is the last: its tokens end up behind the others
     inverse_T = torch.empty_like(order_T).scatter_(0, order_T, torch.arange(len(order_T), device=order_T.device))
     counts_N = torch.bincount(routing.class_T, minlength=routing.num_experts + 1)
-    skipped = int(counts_N[-1])
-    dispatched = len(order_T) - skipped
-    sorted_TH = permute_rows(x_TH, order_T, inverse_T)
-    out = experts(sorted_TH[:dispatched], counts_N[:-1], routing.prob_T[order_T[:dispatched]])
-    return permute_rows(F.pad(out, (0, 0, 0, skipped)) if skipped else out, inverse_T, order_T)
+    moves = (order_T, inverse_T, len(order_T) - int(counts_N[-1]))
+    prob_C = take_rows(routing.prob_T.unsqueeze(1), *moves).squeeze(1)
+    out_CH = experts(take_rows(x_TH, *moves), counts_N[:-1], prob_C)
+    return spread_rows(out_CH, *moves)
 
 
 class ZayaMoE(MegatronModule):
