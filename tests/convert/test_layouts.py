@@ -166,7 +166,7 @@ def test_a_whole_step_comes_back_from_torch_dist_bit_for_bit(runs, model):
     there = StepWeights(load_config(path, overrides_of(model, model, FIRST)).run_dir, 2, with_state=True)
     back = StepWeights(folder / f"ours_{model}", with_state=True)
     assert back.manifest.iteration == 2 and back.tensors == there.tensors and content(back) == content(there)
-    assert len(list((folder / f"export_{model}").glob("*.distcp"))) > 1.5 * len(there.tensors)  # large ones in pieces
+    assert len(list((folder / f"export_{model}").glob("*.distcp"))) > 400  # large ones in pieces
     assert {"optimizer_steps", "train_state", "scheduler"} < set(there.manifest.common)
     assert there.manifest.common.items() <= back.manifest.common.items()
     assert any(name.startswith("optimizer.master.") for name in back.tensors) == (model == "bf16_muon")
