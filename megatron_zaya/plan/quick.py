@@ -17,6 +17,10 @@ from megatron_zaya.plan.reduction import flows_s, tail_s
 from megatron_zaya.plan.shape import Batch, Layout, ModelShape, Precision, Recompute
 
 Rerun = tuple[Recompute, tuple[str, ...]]
+Ends = tuple[tuple[float, float], tuple[float, float]]
+"""All gradients and those of the last bucket, all parameters and those of the first. Seconds."""
+BUCKET_ELEMENTS = (None, 40_000_000)
+"""Sizes of buckets that decide the order; the plans that are priced in full get the best of more."""
 
 
 @dataclass(slots=True)
@@ -28,16 +32,17 @@ class QuickPrice:
     """Of a mean layer."""
     backward: float
     head: float
-    reduce: tuple[float, float]
-    """All gradients, and those of the last bucket."""
-    gather: tuple[float, float]
+    ends: tuple[Ends, ...]
+    """With buckets of several sizes."""
 
     def step_s(self, pp: int, vp: int, microbatches: int) -> float:
         """Return the approximate time of a step."""
         layers = -(-self.num_layers // (pp * vp)) * vp
         one = layers * (self.forward + self.backward)
-        exposed = max(self.reduce[1], self.reduce[0] - layers * self.backward)
-        exposed += max(self.gather[1], self.gather[0] - layers * self.forward)
+        exposed = min(
+            max(reduce[1], reduce[0] - layers * self.backward) + max(gather[1], gather[0] - layers * self.forward)
+            for reduce, gather in self.ends
+        )
         return microbatches * (one + self.head) + (pp - 1) / vp * one + exposed
 
 
@@ -58,7 +63,7 @@ class QuickPrices:
     _layers: dict[tuple[int, ...], list[tuple[float, float]]] = field(default_factory=dict)
     _rings: dict[tuple[int, ...], bool] = field(default_factory=dict)
     _heads: dict[tuple[int, ...], float] = field(default_factory=dict)
-    _ends: dict[tuple[int, ...], list[tuple[float, float]]] = field(default_factory=dict)
+    _ends: dict[tuple[int, ...], tuple[Ends, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Put the recomputation modes into layouts, of which nothing else is read."""
@@ -76,9 +81,11 @@ class QuickPrices:
             self._heads[head_key] = 4 * product
         ends_key = (base.tp, base.pp, base.cp, base.ep, base.etp)
         if ends_key not in self._ends:
-            self._ends[ends_key] = self._once_a_step(base)
+            self._ends[ends_key] = tuple(
+                self._once_a_step(replace(base, bucket_elements=elements)) for elements in BUCKET_ELEMENTS
+            )
         head, ends, layers = self._heads[head_key], self._ends[ends_key], self.model.num_layers
-        return [QuickPrice(layers, forward, backward, head, *ends) for forward, backward in self._layers[key]]
+        return [QuickPrice(layers, forward, backward, head, ends) for forward, backward in self._layers[key]]
 
     def with_cp_comm_type(self, base: Layout, micro_batch_size: int) -> Layout:
         """Return the layout with the faster way to the keys of other context-parallel ranks."""
@@ -89,11 +96,11 @@ class QuickPrices:
             self._rings[key] = around.forward_s + around.backward_s < gathered.forward_s + gathered.backward_s
         return replace(base, cp_comm_type="p2p") if self._rings[key] else base
 
-    def _once_a_step(self, base: Layout) -> list[tuple[float, float]]:
-        """Return the time of all calls and of the last ones, of gradients and of parameters."""
+    def _once_a_step(self, base: Layout) -> Ends:
         flows = data_parallel_flows(self.model, base, self.precision, 0)
-        sides = [[flow for flow in flows if flow.where == where] for where in ("gradients", "parameters")]
-        return [(flows_s(side, self.network), tail_s(side, self.network)) for side in sides]
+        sides = ([flow for flow in flows if flow.where == where] for where in ("gradients", "parameters"))
+        reduce, gather = ((flows_s(side, self.network), tail_s(side, self.network)) for side in sides)
+        return reduce, gather
 
     def _batch(self, micro_batch_size: int) -> Batch:
         return Batch(self.seq_length, micro_batch_size, self.global_batch_size)

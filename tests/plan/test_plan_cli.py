@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,11 @@ import yaml
 
 from megatron_zaya.config import load_config
 from megatron_zaya.plan.hardware import Network, accelerator
+from megatron_zaya.plan.memory import plan_memory
+from megatron_zaya.plan.reduction import BUCKET_ELEMENTS
 from megatron_zaya.plan.search import Wanted, search
-from megatron_zaya.plan.shape import model_of
+from megatron_zaya.plan.shape import Batch, Layout, model_of
+from megatron_zaya.plan.step_time import plan_step_time
 
 ROOT = Path(__file__).parents[2]
 ZAYA1 = ROOT / "configs/zaya1_8b.yaml"
@@ -92,6 +96,19 @@ def test_front_is_not_dominated_and_ranking_is_sorted():
     sizes = [c.memory_bytes for c in result.front]
     assert sizes == sorted(sizes, reverse=True)
     assert [c.time.step_s for c in result.front] == sorted(c.time.step_s for c in result.front)
+
+
+@pytest.mark.parametrize("world_size", [8, 1024])
+def test_no_plan_made_by_hand_is_faster_than_the_search(world_size):
+    """Of data and expert parallelism, with every size of buckets."""
+    best, device = found(world_size, batch=4 * world_size).best[0], accelerator("MI300X")
+    model = model_of(load_config(ZAYA1))
+    for ep, micro, elements in product((1, 2, 4, 8), (1, 2, 4), BUCKET_ELEMENTS):
+        layout, batch = Layout(world_size, ep=ep, bucket_elements=elements), Batch(4096, micro, 4 * world_size)
+        memory = plan_memory(model, layout, batch, allowances=device.allowances())
+        if memory.fit_probability(device.memory_bytes, device.allowances()) > 0.95:
+            step_s = plan_step_time(model, layout, batch, device, Network.of(device)).step_s
+            assert best.time.step_s <= step_s * 1.005
 
 
 def test_every_plan_of_the_ranking_is_legal_for_the_trainer():
