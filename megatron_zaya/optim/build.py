@@ -1,7 +1,7 @@
 """From a run file and a model to the optimizer and its schedule: which parameter goes where, over which ranks.
 
-One optimizer for the dense parameters and one for the experts, chained, because they are sharded over different
-data-parallel ranks; both are Megatron-Core optimizers in everything that its loop asks.
+One optimizer for the dense parameters and one for the experts, if the model has any, chained, because they are sharded
+over different data-parallel ranks; both are Megatron-Core optimizers in everything that its loop asks.
 """
 
 from __future__ import annotations
@@ -152,7 +152,8 @@ def build_optimizer(
     mcore_config = _mcore_config(config, model)
     if config.parallel.use_distributed_optimizer:
         rules = rules_of(model, config.optimizer.optimizer)
-        parts = [_part(config, model, rules, pg_collection, mcore_config, expert) for expert in (False, True)]
+        kinds = (False, True) if model[0].config.num_moe_experts else (False,)
+        parts = [_part(config, model, rules, pg_collection, mcore_config, expert) for expert in kinds]
     else:
         parts = get_megatron_optimizer(
             mcore_config, list(model), use_gloo_process_groups=False, pg_collection=pg_collection
