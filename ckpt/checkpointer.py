@@ -9,7 +9,6 @@ checkpointer.load(shards)                                   # fills the tensors 
 from __future__ import annotations
 
 import json
-import logging
 import platform
 import secrets
 import time
@@ -21,9 +20,10 @@ from typing import Any
 import torch
 from torch.distributed import ProcessGroup
 
+from ckpt.background import Background
 from ckpt.errors import CheckpointError
-from ckpt.manifest import MANIFEST, piece_record, tensor_records
-from ckpt.memory import Ring, parts_of, signature_of, stage
+from ckpt.manifest import MANIFEST
+from ckpt.memory import parts_of, signature_of
 from ckpt.rankfile import FilePlan, plan_file
 from ckpt.restore import LoadReport, load_newest
 from ckpt.retention import Retention
@@ -32,14 +32,6 @@ from ckpt.shard import Shard
 from ckpt.steps import complete_iterations, partial_dir
 from ckpt.storage import POSIX
 from ckpt.tiers import recover
-from ckpt.writer.client import Writer
-
-logger = logging.getLogger(__name__)
-
-_FAILING_CAPACITY = 1
-"""Arena bytes of a writer that only reports a failure."""
-_MOST_BEHIND = 2
-"""Saves on a node's own disk that wait for their copy to the shared storage; further ones wait, or disks fill up."""
 
 
 class Checkpointer:
@@ -79,20 +71,16 @@ class Checkpointer:
         self.root, self.group = Path(root), group
         self.local = None if local is None else Path(local)
         self.retention = retention or Retention()
-        self.max_host_bytes = max_host_bytes
-        self.commit_timeout_s, self.stall_timeout_s = commit_timeout_s, stall_timeout_s
-        self.storage, self.storage_options = storage, storage_options or {}
+        self.commit_timeout_s = commit_timeout_s
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         self.rank = torch.distributed.get_rank(group) if distributed else 0
         self.world_size = torch.distributed.get_world_size(group) if distributed else 1
-        self._writer: Writer | None = None
-        self._pinned: torch.Tensor | None = None
+        self._background = Background(
+            self.rank, storage, storage_options or {}, max_host_bytes, commit_timeout_s, stall_timeout_s
+        )
         self._plan: tuple[list[Any], FilePlan] | None = None
         self._session: str | None = None
         self._number = 0
-        self._saves: dict[int, Save] = {}
-        self._orders: dict[int, dict[str, Any]] = {}
-        """By number: what was ordered and is not yet on the disk."""
 
     # ------------------------------------------------------------------ saving
 
@@ -153,26 +141,13 @@ class Checkpointer:
             if order["commit"] is not None:
                 order["commit"]["publish"] = False
         save = Save(iteration, plan.size, order["save_id"], commits=self.rank == 0)
-        try:
-            save.waited_s = self._make_room()
-            self._saves[self._number], self._orders[self._number] = save, order
-            writer = self._writer_for(plan.size)
-            self._send(writer, order, plan)
-            header = plan.header(iteration, order["save_id"])
-            stage(shards, plan, header, Ring(writer.arena, self._wait_until_written, self._pinned))
-        except CheckpointError as error:
-            self._fail(self._number, save, str(error))
+        self._background.start(self._number, save, order, plan, shards)
         save.stall_s = time.monotonic() - start
         return save
 
     def poll(self) -> list[Save]:
         """Return the saves that finished, well or badly, since the last call. Never waits, no communication."""
-        self._hear()
-        finished = [save for save in self._saves.values() if save.done and not save.reported]
-        for save in finished:
-            save.reported = True
-        self._saves = {number: save for number, save in self._saves.items() if not save.done}
-        return finished
+        return self._background.finished()
 
     def wait(self, timeout_s: float | None = None) -> list[Save]:
         """Wait until every save is finished or given up; return those that :meth:`poll` has not yet returned.
@@ -182,7 +157,7 @@ class Checkpointer:
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         finished = self.poll()
-        while self._saves:
+        while self._background.saves:
             if deadline is not None and time.monotonic() > deadline:
                 raise CheckpointError(f"saves are still under way after {timeout_s:g} s")
             time.sleep(0.002)
@@ -192,19 +167,16 @@ class Checkpointer:
     def wait_for_part(self, save: Save) -> None:
         """Wait until this rank's file of ``save`` is on the disk, or the save is given up."""
         while save.part_s is None and not save.done:
-            self._hear()
+            self._background.hear()
             time.sleep(0.002)
 
     def progress(self) -> tuple[int, int]:
         """Return (bytes written, bytes to write) of the newest save of this rank; (0, 0) if none is under way."""
-        running = [save for save in self._saves.values() if save.holds_arena]
-        return (self._writer.arena.written, running[-1].size) if running and self._writer else (0, 0)
+        return self._background.progress()
 
     def close(self, timeout_s: float = 60.0) -> None:
         """Let the writer finish for at most ``timeout_s``, then leave it to end by itself. Idempotent."""
-        if self._writer is not None:
-            self._writer.close(timeout_s)
-            self._writer = self._pinned = None
+        self._background.close(timeout_s)
 
     def _agree_on_session(self) -> None:
         if self._session is None:
@@ -252,134 +224,6 @@ class Checkpointer:
             except (TypeError, ValueError) as error:
                 raise CheckpointError(f"`common` must be a JSON value: {error}") from None
         return order
-
-    def _make_room(self) -> float:
-        """Wait until the arena is free; return the seconds."""
-        start = time.monotonic()
-        waited = False
-        while self._no_room():
-            self._hear()
-            if not waited:
-                waited = True
-                logger.warning("rank %d: waiting for the save before to be written", self.rank)
-            time.sleep(0.001)
-        return time.monotonic() - start if waited else 0.0
-
-    def _no_room(self) -> bool:
-        """Whether the arena is in use, or too many saves lie on the node's disk only."""
-        saves = self._saves.values()
-        behind = sum(save.local_s is not None and save.part_s is None and not save.done for save in saves)
-        return behind >= _MOST_BEHIND or any(save.holds_arena for save in saves)
-
-    def _writer_for(self, size: int) -> Writer:
-        """Return a living writer whose arena is large enough."""
-        needed = size if self.max_host_bytes is None else min(size, self.max_host_bytes)
-        if self._writer is not None and self._writer.exit_status is None and self._writer.arena.capacity >= needed:
-            return self._writer
-        if self._writer is not None:
-            self._unpin()
-            self._writer.close(timeout_s=0.0)  # a living one finishes the commits that it still waits for
-            self._writer = None
-        self._writer = Writer(needed, self.storage, self.storage_options)
-        self._pin(self._writer)
-        return self._writer
-
-    def _pin(self, writer: Writer) -> None:
-        """Register the arena with the accelerator, so that it copies straight into it."""
-        if torch.cuda.is_available():
-            ring = torch.frombuffer(writer.arena.memory, dtype=torch.uint8)[-writer.arena.capacity :]
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(ring.data_ptr(), ring.numel(), 0))
-            self._pinned = ring
-
-    def _unpin(self) -> None:
-        if self._pinned is not None:
-            torch.cuda.cudart().cudaHostUnregister(self._pinned.data_ptr())
-            self._pinned = None
-
-    def _send(self, writer: Writer, order: dict[str, Any], plan: FilePlan) -> None:
-        if writer.layout is not plan:
-            pieces = [piece_record(piece) for piece in plan.pieces]
-            layout = {"op": "layout", "id": id(plan), "pieces": pieces, "tensors": tensor_records(plan.tensors)}
-            writer.send(layout)
-            writer.layout = plan
-        writer.arena.begin()
-        writer.expect_progress()
-        writer.send(order)
-
-    def _wait_until_written(self, position: int) -> None:
-        """Wait, while staging, until the writer has made room."""
-        save = self._saves[self._number]
-        assert self._writer is not None
-        arena = self._writer.arena
-        while arena.written < position:
-            self._hear()
-            if save.error is not None:
-                raise CheckpointError(save.error)
-            time.sleep(0.001)
-
-    def _hear(self) -> None:
-        """Take the writer's news, and notice that it died or hangs."""
-        writer = self._writer
-        if writer is None:
-            return
-        status = writer.exit_status  # before the events: what it said before it died is not lost
-        for event in writer.events():
-            save = self._saves.get(event["number"])
-            if save is None:
-                continue
-            if event["event"] != "local":
-                self._orders.pop(event["number"], None)
-            if event["error"] is not None:
-                save.error = save.error or event["error"]
-            elif event["event"] == "local":
-                save.local_s = time.monotonic() - save.started
-            elif event["event"] == "part":
-                save.part_s = time.monotonic() - save.started
-            else:
-                save.durable_s, save.path = time.monotonic() - save.started, Path(event["path"])
-        if status is not None:
-            self._give_up(f"the writer process died (status {status})")
-        elif self._hangs(writer):
-            writer.process.kill()
-            self._give_up(f"the writer process made no progress for {self.stall_timeout_s:g} s and was ended")
-
-    def _hangs(self, writer: Writer) -> bool:
-        now = time.monotonic()
-        if any(save.part_s is None and not save.done for save in self._saves.values()):
-            return writer.silent_s() > self.stall_timeout_s
-        limit = self.commit_timeout_s + self.stall_timeout_s
-        return any(not save.done and now - save.started - (save.part_s or 0) > limit for save in self._saves.values())
-
-    def _give_up(self, reason: str) -> None:
-        """Fail everything that the writer had in hand, and forget the writer."""
-        writer, self._writer = self._writer, None
-        self._unpin()
-        for save in self._saves.values():
-            if not save.done:
-                save.error = reason
-        if writer is not None:
-            writer.close(timeout_s=0.0)
-        self._report_failures(reason)
-
-    def _fail(self, number: int, save: Save, reason: str) -> None:
-        """Record that a save could not be staged."""
-        save.error = save.error or reason
-        self._saves[number] = save
-        if self._writer is not None and self._writer.exit_status is None:
-            self._writer.arena.abort()  # it stops waiting, and reports the failure itself
-        else:
-            self._report_failures(save.error)
-
-    def _report_failures(self, reason: str) -> None:
-        """Let the committing rank know at once that parts of this rank will never come, through a fresh writer."""
-        orders, self._orders = list(self._orders.values()), {}
-        try:
-            for order in orders:
-                reporter = Writer(_FAILING_CAPACITY, self.storage, self.storage_options)
-                reporter.send(order | {"op": "fail", "error": reason})
-                reporter.close(timeout_s=0.0)
-        except CheckpointError as error:
-            logger.warning("rank %d: other ranks could not be told that a save failed: %s", self.rank, error)
 
     # ------------------------------------------------------------------ loading
 

@@ -1,5 +1,6 @@
-"""Between torch's tensors and plain memory: types, addresses, staging copies. With checkpointer.py and the adapters
-the only code of this package that knows torch."""
+"""Between torch's tensors and plain memory: types, addresses, staging copies, registering with an accelerator.
+
+With checkpointer.py, background.py, restore.py and the adapters the only code of this package that knows torch."""
 
 from __future__ import annotations
 
@@ -139,6 +140,21 @@ class Ring:
         if self.stream is not None:
             self.stream.synchronize()
         self.arena.staged = self.at
+
+
+def pin(arena: Arena) -> Tensor | None:
+    """Register the ring with the accelerator, so that it copies straight into it; None without an accelerator."""
+    if not torch.cuda.is_available():
+        return None
+    ring = torch.frombuffer(arena.memory, dtype=torch.uint8)[-arena.capacity :]
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(ring.data_ptr(), ring.numel(), 0))
+    return ring
+
+
+def unpin(ring: Tensor | None) -> None:
+    """Undo :func:`pin`."""
+    if ring is not None:
+        torch.cuda.cudart().cudaHostUnregister(ring.data_ptr())
 
 
 def targets_of(shards: Sequence[Shard]) -> tuple[list[Target], list[tuple[Tensor, Tensor]]]:

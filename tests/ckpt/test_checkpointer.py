@@ -106,19 +106,19 @@ def test_a_cap_on_memory_makes_the_save_flow_through_less(make_checkpointer):
     checkpointer = make_checkpointer(max_host_bytes=2 * CHUNK_BYTES)
     started = save(checkpointer, 1, state)
     assert started.size > 4 * CHUNK_BYTES
-    assert checkpointer._writer.arena.capacity == 2 * CHUNK_BYTES
+    assert checkpointer._background.writer.arena.capacity == 2 * CHUNK_BYTES
     assert_equal(load(checkpointer, state)[0], state)
 
 
 def test_the_arena_is_made_once_and_replaced_when_the_state_grows(make_checkpointer):
     checkpointer = make_checkpointer()
     save(checkpointer, 1, tensors(1, big=2))
-    first = checkpointer._writer
+    first = checkpointer._background.writer
     save(checkpointer, 2, tensors(2, big=2))
-    assert checkpointer._writer is first
+    assert checkpointer._background.writer is first
     grown = tensors(3, big=9)
     save(checkpointer, 3, grown)
-    assert checkpointer._writer is not first
+    assert checkpointer._background.writer is not first
     assert_equal(load(checkpointer, grown)[0], grown)
 
 

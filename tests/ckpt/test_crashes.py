@@ -64,14 +64,15 @@ class Job:
         checkpointer = self.ranks[rank]
         checkpointer.close()
         options = {"armed": str(self.arms[rank]), "action": "kill", "number": number}
-        checkpointer.storage_options = options
+        checkpointer._background.storage_options = options
         self.arms[rank].touch()
 
     def save(self, iteration: int, value: float) -> list[str | None]:
         for rank, checkpointer in enumerate(self.ranks):
-            checkpointer.storage_options = checkpointer.storage_options or {"armed": "/nonexistent", "action": "kill"}
+            behind = checkpointer._background
+            behind.storage_options = behind.storage_options or {"armed": "/nonexistent", "action": "kill"}
             checkpointer.save(iteration, described(value, rank, 2), {"value": value})
-        while any(c._saves for c in self.ranks):  # together: a failure on one must reach the other
+        while any(c._background.saves for c in self.ranks):  # together: a failure on one must reach the other
             finished = {r: [s.error for s in c.poll()] for r, c in enumerate(self.ranks)}
             for rank, errors in finished.items():
                 if errors:
@@ -136,7 +137,7 @@ def test_a_step_on_the_nodes_disk_survives_a_kill_before_any_system_call_of_its_
         checkpointer = Checkpointer(root, local=local, storage=FAULTS, storage_options=options)
         arm.touch()
         checkpointer.save(number + 1, described(float(number)), {"value": float(number)})
-        writer = checkpointer._writer.process
+        writer = checkpointer._background.writer.process
         deadline = time.monotonic() + 60
         while arm.exists() and number + 1 not in complete_iterations(root):
             assert time.monotonic() < deadline
@@ -164,7 +165,7 @@ def train(root: str, value: int, pids, committed) -> None:
     while True:
         value += 1
         checkpointer.save(value, described(float(value)), {"value": value})
-        pids[1] = checkpointer._writer.process.pid
+        pids[1] = checkpointer._background.writer.process.pid
         pids[0] = os.getpid()
         for save in checkpointer.wait(30):
             if save.error is None:
@@ -225,8 +226,8 @@ def test_writers_killed_at_random_moments(tmp_path):
     for number in range(2, RANDOM_WRITER + 2):
         checkpointer.save(number, described(float(number)), {"value": number})
         time.sleep(generator.random() * whole_save_s)
-        if checkpointer._writer is not None:
-            checkpointer._writer.process.kill()
+        if checkpointer._background.writer is not None:
+            checkpointer._background.writer.process.kill()
         (finished,) = checkpointer.wait(30)
         if finished.error is None:
             value = float(number)

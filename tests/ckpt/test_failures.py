@@ -44,15 +44,16 @@ def newest(checkpointer) -> int:
 
 def check_isolated(checkpointer, reason: str, stall_timeout_s: float | None = None) -> None:
     """Save step 2, which must fail for ``reason`` (within a short time limit, if given); then 3, which must not."""
-    patience_s = checkpointer.stall_timeout_s
-    checkpointer.stall_timeout_s = stall_timeout_s or patience_s
+    behind = checkpointer._background
+    patience_s = behind.stall_timeout_s
+    behind.stall_timeout_s = stall_timeout_s or patience_s
     checkpointer.save(2, shards(tensors(2, big=2)))
     finished = checkpointer.wait(60)
     assert [s.iteration for s in finished] == [2]
     assert reason in finished[0].error
     assert newest(checkpointer) == 1
-    checkpointer.stall_timeout_s = patience_s
-    Path(checkpointer.storage_options["armed"]).unlink(missing_ok=True)  # given up before it came to the fault
+    behind.stall_timeout_s = patience_s
+    Path(behind.storage_options["armed"]).unlink(missing_ok=True)  # given up before it came to the fault
     checkpointer.save(3, shards(tensors(3, big=2)))
     assert [(s.iteration, s.error) for s in checkpointer.wait(60)] == [(3, None)]
     assert newest(checkpointer) == 3
@@ -106,14 +107,14 @@ def test_a_writer_that_hangs(faulty, call):
 
 def test_a_writer_that_was_stopped_from_outside(faulty):
     checkpointer, _ = faulty(action="kill")
-    os.kill(checkpointer._writer.process.pid, signal.SIGSTOP)
+    os.kill(checkpointer._background.writer.process.pid, signal.SIGSTOP)
     check_isolated(checkpointer, "no progress for 0.7 s", stall_timeout_s=0.7)
 
 
 def test_a_writer_that_dies_between_saves_costs_nothing(faulty):
     checkpointer, _ = faulty(action="kill")
-    checkpointer._writer.process.kill()
-    checkpointer._writer.process.wait()
+    checkpointer._background.writer.process.kill()
+    checkpointer._background.writer.process.wait()
     checkpointer.save(2, shards(tensors(2, big=2)))
     assert [s.error for s in checkpointer.wait(60)] == [None]
     assert newest(checkpointer) == 2

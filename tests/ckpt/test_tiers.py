@@ -79,7 +79,7 @@ def node_rank(root: str, rank: int, local: str, pids, ready) -> None:
     for iteration in (1, 2):
         if iteration == 2:
             checkpointer.close()
-            checkpointer.storage_options = SLOW | {"slow_s": 1000.0}
+            checkpointer._background.storage_options = SLOW | {"slow_s": 1000.0}
         state = tensors(iteration, big=2)
         held = [s.__class__(**{**s.__dict__, "replica_id": rank, "writers": 2}) for s in shards(state)]
         save = checkpointer.save(iteration, held, {"iteration": iteration})
@@ -87,7 +87,7 @@ def node_rank(root: str, rank: int, local: str, pids, ready) -> None:
             checkpointer.poll()
             assert save.error is None, save.error
             time.sleep(0.005)
-    pids[2 * rank : 2 * rank + 2] = [os.getpid(), checkpointer._writer.process.pid]
+    pids[2 * rank : 2 * rank + 2] = [os.getpid(), checkpointer._background.writer.process.pid]
     ready.wait()
     time.sleep(1000)
 
