@@ -212,7 +212,7 @@ def _chunk(m: ModelShape, layout: Layout, t: Tokens, options: Options, precision
     )
 
 
-def _optimizer_elements(parameters: Parameters, layout: Layout) -> tuple[float, float]:
+def optimizer_elements(parameters: Parameters, layout: Layout) -> tuple[float, float]:
     """Return the elements, dense and of experts, whose optimizer state is on this rank."""
     if not layout.use_distributed_optimizer:
         return parameters.dense, parameters.expert
@@ -221,13 +221,13 @@ def _optimizer_elements(parameters: Parameters, layout: Layout) -> tuple[float, 
 
 def _largest_fragment(parameters: Parameters, layout: Layout) -> tuple[float, float]:
     """Return the largest pieces of one tensor, dense and of experts, that this rank updates."""
-    dense, expert = _optimizer_elements(parameters, layout)
+    dense, expert = optimizer_elements(parameters, layout)
     return min(dense, parameters.largest_dense), min(expert, parameters.largest_expert)
 
 
-def _optimizer_bytes(parameters: Parameters, layout: Layout, precision: Precision) -> float:
+def optimizer_bytes(parameters: Parameters, layout: Layout, precision: Precision) -> float:
     """Return the fp32 masters and moments of this rank."""
-    dense, expert = _optimizer_elements(parameters, layout)
+    dense, expert = optimizer_elements(parameters, layout)
     matrices = dense * parameters.dense_matrices / max(1, parameters.dense) + expert
     return (dense + expert) * (precision.master + precision.moments) - matrices * (
         precision.moments - precision.matrix_moments
@@ -277,7 +277,7 @@ def stage_memory(
         for name, size in chunk.modules.items():
             by_module[name] = by_module.get(name, 0.0) + count * size
     weights, gradients = parameters.total * precision.parameter, parameters.total * precision.gradient
-    optimizer = _optimizer_bytes(parameters, layout, precision)
+    optimizer = optimizer_bytes(parameters, layout, precision)
     scratch = 2 * 4 * max(_largest_fragment(parameters, layout))  # torch's Adam, one tensor after the other
     # The gathered sequence keeps its buffer; a stage keeps its last input and the gradient of it.
     held = 2 * t.attention * m.hidden_size if layout.tp > 1 and layout.sequence_parallel else 0.0

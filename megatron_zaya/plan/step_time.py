@@ -14,11 +14,15 @@ from megatron_zaya.plan.activations import Options, Tokens
 from megatron_zaya.plan.collectives import hop_flows
 from megatron_zaya.plan.hardware import Accelerator, Network
 from megatron_zaya.plan.layer_time import Assumptions, StageTime, stage_times
+from megatron_zaya.plan.memory import optimizer_bytes, optimizer_elements
 from megatron_zaya.plan.muon import muon_s
 from megatron_zaya.plan.parameters import active_parameters, rank_parameters
 from megatron_zaya.plan.pipeline_time import busy_s, simulate
 from megatron_zaya.plan.reduction import reduction_s
 from megatron_zaya.plan.shape import Batch, Layout, ModelShape, Precision
+
+MUON = "Muon"
+"""Its products and its exchange, in `StepTime.parts`."""
 
 
 @dataclass(frozen=True)
@@ -63,20 +67,14 @@ def model_flops_per_token(m: ModelShape, seq_length: int, *, whole_attention: bo
 
 
 def _optimizer_s(
-    m: ModelShape, layout: Layout, device: Accelerator, network: Network, precision: Precision, assume: Assumptions,
-    pp_rank: int,
-) -> float:  # fmt: skip
+    m: ModelShape, layout: Layout, device: Accelerator, precision: Precision, assume: Assumptions, pp_rank: int
+) -> float:
     """Read gradients, masters and moments, write masters, moments and parameters; zero gradients; norm."""
     parameters = rank_parameters(m, layout, pp_rank)
-    own = (
-        parameters.dense / (layout.dp * layout.cp) + parameters.expert / layout.edp
-        if layout.use_distributed_optimizer
-        else parameters.total
-    )
-    per_element = 2 * precision.gradient + 2 * (precision.master + precision.moments) + precision.parameter
-    passes = per_element if assume.fused_optimizer else 2.5 * per_element
-    seconds = device.traffic_s(own * passes + parameters.total * precision.gradient)
-    return seconds + (muon_s(m, layout, precision, device, network, pp_rank) if precision.is_muon else 0.0)
+    own, state = sum(optimizer_elements(parameters, layout)), optimizer_bytes(parameters, layout, precision)
+    passes = own * (2 * precision.gradient + precision.parameter) + 2 * state
+    kernels = 1.0 if assume.fused_optimizer else 2.5
+    return device.traffic_s(kernels * passes + parameters.total * precision.gradient)
 
 
 def hop_time_s(m: ModelShape, layout: Layout, batch: Batch, network: Network, precision: Precision) -> float:
@@ -111,7 +109,9 @@ def plan_step_time(
     }
     parts["pipeline bubbles and transfers"] = idle[slowest]
     parts |= reduction_s(m, layout, precision, network, times)
-    parts["optimizer"] = _optimizer_s(m, layout, device, network, precision, assume, slowest)
+    parts["optimizer"] = _optimizer_s(m, layout, device, precision, assume, slowest)
+    if precision.is_muon:
+        parts[MUON] = muon_s(m, layout, precision, device, network, slowest)
     step = sum(parts.values())
     return StepTime(
         step_s=step,

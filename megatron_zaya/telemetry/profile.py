@@ -22,8 +22,8 @@ PLANNED: dict[str, tuple[str, ...]] = {
     "embedding": ("embedding",),
     "head": ("head",),
     "gradient accumulation": ("gradient accumulation",),
-    "gradient reduction": ("gradients, exposed", "weights, exposed", "tied and replicated gradients"),
-    "optimizer": ("optimizer",),
+    "gradient reduction": ("gradients, exposed", "parameters, exposed", "tied and replicated gradients"),
+    "optimizer": ("optimizer", "Muon"),
 }
 """Measured part: the parts of `megatron_zaya.plan.step_time` that predict it. The planner counts all passes over memory
 between products as one; here most of them fall into the part that does them."""

@@ -17,7 +17,8 @@ from megatron_zaya.plan.pipeline_time import simulate
 from megatron_zaya.plan.reduction import reduction_s, with_best_buckets
 from megatron_zaya.plan.schedule import alive_chunks
 from megatron_zaya.plan.shape import Batch, Layout, Precision, model_of
-from megatron_zaya.plan.step_time import plan_step_time
+from megatron_zaya.plan.step_time import MUON, plan_step_time
+from megatron_zaya.telemetry.profile import PLANNED
 
 ZAYA1 = Path(__file__).parents[2] / "configs/zaya1_8b.yaml"
 
@@ -103,11 +104,20 @@ def test_muon_costs_more_than_adam_and_less_on_more_ranks():
         muon_s(model, Layout(world_size=size), precision, device, Network.of(device)) for size in (1, 8, 64, 1024)
     ]
     assert seconds == sorted(seconds, reverse=True)
-    steps = [
-        plan_step_time(model, Layout(8), batch, device, Network.of(device), precision=each).parts["optimizer"]
+    adam, muon = (
+        plan_step_time(model, Layout(8), batch, device, Network.of(device), precision=each)
         for each in (Precision(), precision)
-    ]
-    assert steps[1] > steps[0]
+    )
+    assert muon.parts[MUON] == seconds[1]
+    assert muon.parts["optimizer"] < adam.parts["optimizer"]  # no second moment of the matrices
+    assert muon.step_s > adam.step_s
+
+
+def test_a_profile_is_laid_beside_parts_that_the_planner_names():
+    model, device, precision = model_of(load_config(ZAYA1)), accelerator("MI300X"), Precision(matrix_moments=4)
+    layout = Layout(64, tp=2, ep=8, overlap_grad_reduce=False, overlap_param_gather=False)
+    known = plan_step_time(model, layout, Batch(4096, 1, 64), device, Network.of(device), precision=precision).parts
+    assert {name for names in PLANNED.values() for name in names} <= set(known)
 
 
 @pytest.mark.parametrize("rows", [(1.0, 2.0), (3.0, 3.0)])
