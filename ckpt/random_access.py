@@ -7,7 +7,6 @@ verified, so that neighbouring reads do not read twice.
 from __future__ import annotations
 
 import math
-import mmap
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -20,7 +19,7 @@ from ckpt.errors import CorruptCheckpointError
 from ckpt.manifest import FileInfo, Manifest, Piece, digest
 from ckpt.reader import damage_of
 from ckpt.region import Region
-from ckpt.storage import ALIGNMENT
+from ckpt.storage import io_buffer
 from ckpt.transfer import Bytes, Target, chunk_tasks, copy_out, transfer_of
 
 CACHE_BYTES = 64 << 20
@@ -71,7 +70,7 @@ class StepReader:
                 self._chunks.move_to_end((file.name, index))
                 return self._chunks[file.name, index]
         begin, end = file.chunk_span(index)
-        buffer = mmap.mmap(-1, -(-(end - begin) // ALIGNMENT) * ALIGNMENT)
+        buffer = io_buffer(end - begin)
         self._files.read(file.name, True, memoryview(buffer), begin, end - begin)
         data = np.frombuffer(buffer, dtype=np.uint8, count=end - begin)
         if digest(data.data) != file.chunks[index]:

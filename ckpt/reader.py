@@ -6,7 +6,6 @@ copies of several chunks run side by side on threads (all three release Python's
 
 from __future__ import annotations
 
-import mmap
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,7 @@ import numpy as np
 from ckpt.descriptors import Descriptors
 from ckpt.errors import CheckpointError, CorruptCheckpointError
 from ckpt.manifest import FileInfo, Manifest, digest
-from ckpt.storage import ALIGNMENT
+from ckpt.storage import io_buffer
 from ckpt.transfer import ChunkTask, Target, chunk_tasks, copy_out, transfers
 
 THREADS = 3
@@ -80,7 +79,7 @@ def read(
     def work(task: ChunkTask) -> int:
         begin, end = task.file.chunk_span(task.number)
         if not hasattr(local, "buffer"):
-            local.buffer = mmap.mmap(-1, max(file.chunk_bytes for file in files) + ALIGNMENT)
+            local.buffer = io_buffer(max(file.chunk_bytes for file in files))
         data = memoryview(local.buffer)[: end - begin]
         direct = not any(transfer.target.shared for transfer in task.transfers)
         descriptors.read(task.file.name, direct, memoryview(local.buffer), begin, end - begin)
@@ -131,16 +130,18 @@ def damage_of(folder: Path, file: FileInfo, index: int) -> str:
 def verify_file(folder: Path, file: FileInfo, progress: Callable[[int], None] | None = None) -> list[str]:
     """Read a whole file and return a message for each chunk that is damaged."""
     damage: list[str] = []
+    local = threading.local()
     descriptors = Descriptors(folder)
 
     def check(index: int) -> str | None:
         begin, end = file.chunk_span(index)
-        buffer = mmap.mmap(-1, file.chunk_bytes + ALIGNMENT)
+        if not hasattr(local, "buffer"):
+            local.buffer = io_buffer(file.chunk_bytes)
         try:
-            descriptors.read(file.name, True, memoryview(buffer), begin, end - begin)
+            descriptors.read(file.name, True, memoryview(local.buffer), begin, end - begin)
         except CorruptCheckpointError as error:
             return str(error)
-        good = digest(memoryview(buffer)[: end - begin]) == file.chunks[index]
+        good = digest(memoryview(local.buffer)[: end - begin]) == file.chunks[index]
         if progress:
             progress(end - begin)
         return None if good else damage_of(folder, file, index)

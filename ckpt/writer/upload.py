@@ -8,7 +8,6 @@ from the node's disk. After a crash :mod:`ckpt.tiers` finishes what the writers 
 from __future__ import annotations
 
 import contextlib
-import mmap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from ckpt.descriptors import Descriptors
 from ckpt.errors import CorruptCheckpointError
 from ckpt.manifest import digest, seal, unseal
 from ckpt.steps import is_leftover, partial_saves
-from ckpt.storage import ALIGNMENT, PosixStorage, Storage
+from ckpt.storage import ALIGNMENT, PosixStorage, Storage, io_buffer
 from ckpt.writer.record import commit_name, file_name, part_name, read_record
 
 
@@ -101,7 +100,7 @@ def _forget(folder: Path, rank: int, save_id: str, with_commit: bool) -> None:
 
 def _copy_chunks(local: Path, file: dict[str, Any], fd: int, storage: Storage, tick: Callable[[], None] | None) -> None:
     step, size = file["chunk_bytes"], file["bytes"]
-    buffer, source = memoryview(mmap.mmap(-1, step + ALIGNMENT)), Descriptors(local)
+    buffer, source = memoryview(io_buffer(step)), Descriptors(local)
     try:
         for index, chunk_hash in enumerate(file["chunks"]):
             begin = index * step
