@@ -23,7 +23,7 @@ from torch.distributed import ProcessGroup
 from ckpt.background import Background
 from ckpt.errors import CheckpointError
 from ckpt.manifest import MANIFEST
-from ckpt.memory import parts_of, signature_of
+from ckpt.memory import collector_off, parts_of, signature_of
 from ckpt.rankfile import FilePlan, plan_file
 from ckpt.restore import LoadReport, load_newest
 from ckpt.retention import Retention
@@ -122,6 +122,7 @@ class Checkpointer:
             raise CheckpointError(f"{folder}: holds a checkpoint already; save into a new folder")
         return self._start(iteration, shards, common, {}, None, folder)
 
+    @collector_off()
     def _start(
         self,
         iteration: int,

@@ -25,7 +25,7 @@ from torch import Tensor
 from ckpt.checkpointer import Checkpointer
 from ckpt.errors import CheckpointError
 from ckpt.manifest import MANIFEST, Manifest
-from ckpt.memory import TORCH_DTYPES, targets_of
+from ckpt.memory import TORCH_DTYPES, collector_off, targets_of
 from ckpt.objects import OBJECT, pack, unpack
 from ckpt.reader import check_targets, read
 from ckpt.shard import Shard, whole
@@ -153,6 +153,7 @@ class LoadStrategy(LoadShardedStrategy):
         """Objects come from here too."""
         return True
 
+    @collector_off()
     def load(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path | str, *_: Any) -> dict[str, Any]:
         """Fill the described tensors in place and return the state with plain tensors and objects.
 

@@ -4,8 +4,10 @@ With checkpointer.py, background.py, restore.py and the adapters the only code o
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-from collections.abc import Callable, Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,6 +42,22 @@ def dtype_name(tensor: Tensor, key: str) -> str:
         return DTYPES[tensor.dtype]
     except KeyError:
         raise CheckpointError(f"{key!r}: tensors of type {tensor.dtype} cannot be saved") from None
+
+
+@contextlib.contextmanager
+def collector_off() -> Iterator[None]:
+    """Keep Python's garbage collector out of a block, or (as a decorator) of a function.
+
+    Describing thousands of tensors makes enough small objects for it to walk through everything that a training
+    process holds: 0.3 s for nothing, for these objects make no cycles.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def parts_of(shards: Sequence[Shard]) -> list[Part]:

@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 
 from ckpt.errors import CheckpointError, CorruptCheckpointError
 from ckpt.manifest import Manifest
-from ckpt.memory import targets_of
+from ckpt.memory import collector_off, targets_of
 from ckpt.reader import check_targets, read
 from ckpt.shard import Shard
 from ckpt.steps import check_step, step_folders
@@ -55,6 +55,7 @@ class LoadReport:
         return text + "".join(f"; step {i} passed over: {why}" for i, why in self.skipped.items())
 
 
+@collector_off()
 def load_newest(
     root: Path,
     group: ProcessGroup | None,
