@@ -127,7 +127,7 @@ def _wait_for_parts(order: CommitOrder, storage: Storage) -> None:
                 f"{len(missing)} of {len(order.ranks)} ranks did not finish within {order.timeout_s:g} s, "
                 f"the first of them is rank {missing[0]}"
             )
-        time.sleep(min(0.002 + waited / 20, 0.2))
+        time.sleep(min(0.002 + waited / 100, 0.2))
 
 
 def _record(order: CommitOrder, rank: int) -> Record:
