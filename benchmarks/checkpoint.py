@@ -14,9 +14,10 @@ durable    seconds until every byte is on the disk (files and folders are synced
 cpu        processor seconds of both ranks and all their helpers
 load       seconds to fill the same layout, the page cache emptied of the files before
 reshard    the same on one rank, which wants everything
-limits     in each round: O_DIRECT writes and reads of the same bytes by both ranks at once; memmove of the bytes that
-           ours stages, by both ranks at once, into memory that is there: as one block, and in blocks as large as the
-           tensors (libc bypasses the cache for the first, a third faster; a copy of tensors is of the second kind)
+limits     in each round: O_DIRECT writes and reads of the same bytes by both ranks at once, the reads into memory in
+           small pages and in large ones (which direct input fills faster); memmove of the bytes that ours stages, by
+           both ranks at once, into memory that is there: as one block, and in blocks as large as the tensors (libc
+           bypasses the cache for the first, a third faster; a copy of tensors is of the second kind)
 """
 
 from __future__ import annotations
@@ -98,12 +99,14 @@ def measure_limits(world: Any, unique: int, buffers: tuple[Any, Any]) -> dict[st
     write_s = slowest(raw_write(path, unique // world.ranks))
     torch.distributed.barrier()
     read_s = slowest(raw_read(path))
+    torch.distributed.barrier()
+    read_large_pages_s = slowest(raw_read(path, large_pages=True))
     path.unlink()
     copies = {}
     for name, block in (("memcpy_s", size), ("memcpy_by_tensor_s", TENSOR_BYTES)):
         torch.distributed.barrier()
         copies[name] = min(slowest(memcpy(buffers, block)) for _ in range(3))
-    return {"write_s": write_s, "read_s": read_s} | copies
+    return {"write_s": write_s, "read_s": read_s, "read_large_pages_s": read_large_pages_s} | copies
 
 
 def measure_saves(folder: str, names: list[str], rounds: int, big: int, budget_s: float) -> dict[str, Any]:
@@ -159,11 +162,11 @@ def measure_resharded(folder: str, names: list[str], rounds: int, big: int, budg
     state = make_state(1, big)
     methods = {name: METHODS[name](world) for name in names}
     figures: dict[str, list] = {name: [] for name in names}
-    raw = []
+    raw: list[tuple[float, float]] = []
     path = world.folder / "raw"
     raw_write(path, sizes(state, 1)[0])
     for _ in range(rounds):
-        raw.append(raw_read(path))
+        raw.append((raw_read(path), raw_read(path, large_pages=True)))
         for name, method in methods.items():
             if name == OURS or not figures[name] or time.monotonic() - began < budget_s:
                 figures[name].append(timed_load(method, state, max((world.folder / name).glob("iter_*"))))

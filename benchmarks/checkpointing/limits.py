@@ -12,6 +12,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from ckpt.storage import io_buffer
+
 BLOCK = 4 << 20
 TENSOR_BYTES = 3 << 20
 """Size of most large tensors of the state."""
@@ -30,9 +32,9 @@ def raw_write(path: Path, size: int) -> float:
     return time.monotonic() - start
 
 
-def raw_read(path: Path) -> float:
-    """Return the seconds to read a file past the page cache."""
-    buffer = mmap.mmap(-1, BLOCK)
+def raw_read(path: Path, large_pages: bool = False) -> float:
+    """Return the seconds to read a file past the page cache, into memory in small pages or in large ones."""
+    buffer = io_buffer(BLOCK) if large_pages else mmap.mmap(-1, BLOCK)
     start = time.monotonic()
     fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
     while os.readv(fd, [buffer]):
