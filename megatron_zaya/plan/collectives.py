@@ -1,7 +1,8 @@
 """Which collectives one rank takes part in during a step: operation, bytes of one call, group, number of calls.
 
 For this project's own model the list equals, call by call and to the byte, what the dry run records
-(tests/plan/test_collectives.py holds them together), messages below a kibibyte aside; what Muon adds is in `muon`.
+(tests/plan/test_collectives.py holds them together), but for the loss, norms and loads that are summed once a step, a
+few kibibytes; what Muon adds is in `muon`.
 Bytes follow the convention of `topology.cost`. Kinds are Megatron-Core's group names.
 """
 
@@ -141,7 +142,10 @@ def _dispatch_flows(m: ModelShape, layout: Layout, t: Tokens) -> list[Flow]:
     if layout.dispatcher == "allgather":
         return _gathered_dispatch_flows(m, layout, t)
     d = t.local * (1 - m.skip_share) * m.moe_router_topk
-    flows = []
+    everyone = layout.ep * layout.etp
+    flows = [
+        Flow("layer", "ep", "all_gather", 8.0 * everyone * m.num_moe_experts, (1, everyone), 1, 0, "moe")
+    ]  # counts
     if layout.ep > 1:
         ranks = group(layout, "ep")
         flows.append(Flow("layer", "ep", "all_to_all", 2 * d * m.hidden_size, ranks, 2, 2, "moe"))
