@@ -3,8 +3,8 @@
     python benchmarks/convert.py [--json] [--gb 2] [--rounds 3]
 
 Every round copies, imports and exports once, each in a process of its own, with the page cache of the inputs dropped.
-The copy reads and writes 4 MiB at a time and syncs; it is what this disk allows one reader and one writer. The two
-conversions of torch_dist go through Megatron-Core, so their peaks include torch and some whole tensors.
+The copy reads and writes 4 MiB at a time through the page cache and syncs, as `cp` would. The two conversions of
+torch_dist use torch and Megatron-Core, so their peaks include these.
 """
 
 from __future__ import annotations

@@ -109,6 +109,7 @@ def from_torch_dist(
     run_file: Annotated[Path, typer.Argument(help="Run file (YAML) that shall load it.")],
     output: Output,
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, applied in order.")] = None,
+    workers: Workers = None,
     max_file_gb: FileSize = 4.0,
     rounding: Rounding = False,
     state: State = False,
@@ -119,7 +120,7 @@ def from_torch_dist(
 
     config = load_config(run_file, overrides or ())
     with _progress("from-torch-dist") as progress:
-        options = commands.Options(1, int(max_file_gb * 1e9), rounding, progress)
+        options = commands.Options(_workers(workers), int(max_file_gb * 1e9), rounding, progress)
         written = commands.from_torch_dist(source, config, output, options, state)
     weights_only = "" if state else " checkpoint.load_optimizer=false"
     print(f"{output}: {written / 1e9:.3f} GB; train with checkpoint.load={output}{weights_only}")

@@ -3,7 +3,7 @@
 another program's folder  --from_hf-->  step 0 of a checkpoint folder, for checkpoint.load
 a step of any layout      --to_hf---->  another program's folder
 
-With `torch_dist` in place of `hf` they go through Megatron-Core, which needs torch and holds whole tensors.
+With `torch_dist` in place of `hf` they need torch, and the export Megatron-Core.
 """
 
 from __future__ import annotations
@@ -158,29 +158,25 @@ def from_torch_dist(source: Path, config: RunConfig, output: Path, options: Opti
     Raises:
         ConvertError: config or tensors do not fit, are damaged or not finite, or the output exists.
     """
-    import_megatron()
     from megatron_zaya.convert.torch_dist import TorchDist, our_names
-    from megatron_zaya.convert.world import world_of_one
 
-    with world_of_one():
-        stored = TorchDist(source)
-        run = stored.run_state()
-        _check_model(source, run, config.model)
-        names = our_names(stored.tensors)
-        weights = Named(stored, {name: theirs for name, theirs in names.items() if not name.startswith(STATE)})
-        check_tensors(weights, [tensor for pair in HF.pairs(config.model) for tensor in pair.ours])
-        wanted = our_tensors(config.model, HF, PARAMETER_TYPES[config.run.precision])
-        common: dict[str, Any] = {"config": config.model_dump(mode="json"), "origin": {"layout": "torch_dist"}}
-        iteration = 0
-        if with_state:
-            _check_state(source, run, weights, wanted)
-            common |= run | {"config": common["config"]}
-            iteration = run["train_state"]["iteration"]
-            weights = Named(stored, names)
-        typed = Retyped(weights, {name: info.dtype for name, info in wanted.items()}, options.rounding)
-        with new_folder(output) as folder:
-            # One thread: whole tensors are held, and those of several places at once would be several times as many.
-            write_step(folder, typed, common, 1, options.max_file_bytes, options.progress, iteration)
+    stored = TorchDist(source)
+    run = stored.run_state()
+    _check_model(source, run, config.model)
+    names = our_names(stored.tensors)
+    weights = Named(stored, {name: theirs for name, theirs in names.items() if not name.startswith(STATE)})
+    check_tensors(weights, [tensor for pair in HF.pairs(config.model) for tensor in pair.ours])
+    wanted = our_tensors(config.model, HF, PARAMETER_TYPES[config.run.precision])
+    common: dict[str, Any] = {"config": config.model_dump(mode="json"), "origin": {"layout": "torch_dist"}}
+    iteration = 0
+    if with_state:
+        _check_state(source, run, weights, wanted)
+        common |= run | {"config": common["config"]}
+        iteration = run["train_state"]["iteration"]
+        weights = Named(stored, names)
+    typed = Retyped(weights, {name: info.dtype for name, info in wanted.items()}, options.rounding)
+    with new_folder(output) as folder:
+        write_step(folder, typed, common, options.workers, options.max_file_bytes, options.progress, iteration)
     return size_of(typed.tensors)
 
 
@@ -230,7 +226,8 @@ def to_torch_dist(
         ConvertError, CheckpointError: what is there cannot be converted, or the output exists.
     """
     import_megatron()
-    from megatron_zaya.convert.torch_dist import RUN, megatron_names, write_torch_dist
+    from megatron_zaya.convert.torch_dist import RUN, megatron_names
+    from megatron_zaya.convert.torch_dist_export import write_torch_dist
     from megatron_zaya.convert.world import world_of_one
 
     step, _ = open_step(source, iteration, with_state)

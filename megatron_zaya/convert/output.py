@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
+import mmap
 import secrets
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
 
-from ckpt.storage import POSIX, load_storage
+from ckpt.storage import ALIGNMENT, POSIX, load_storage
 from ckpt.writer.arena import CHUNK_BYTES
 from megatron_zaya.convert.errors import ConvertError
 from megatron_zaya.convert.safetensors_files import PlannedFile
@@ -113,25 +114,30 @@ def write_files(
         OSError: the disk refused.
     """
     total = sum(file.size for file in files)
+    storage, buffers = load_storage(POSIX), threading.local()
     with ThreadPoolExecutor(workers) as pool:
         for file in files:
             content = _Content(file, weights)
-            fd = os.open(folder / file.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            fd = storage.create(folder / file.name, file.size)
+
+            def write(chunk: int, content: _Content = content, fd: int = fd) -> int:
+                if not hasattr(buffers, "chunk"):
+                    buffers.chunk = mmap.mmap(-1, CHUNK_BYTES)  # aligned, as writing past the page cache wants it
+                begin = chunk * CHUNK_BYTES
+                size = min(CHUNK_BYTES, content.file.size - begin)
+                data = np.frombuffer(buffers.chunk, dtype=np.uint8, count=size)
+                content.fill(begin, data)
+                note(content.file.name, chunk, data)
+                storage.write_at(fd, memoryview(buffers.chunk)[: -(-size // ALIGNMENT) * ALIGNMENT], begin)
+                return size
+
             try:
-
-                def write(chunk: int, content: _Content = content, fd: int = fd) -> int:
-                    begin = chunk * CHUNK_BYTES
-                    data = np.empty(min(CHUNK_BYTES, content.file.size - begin), dtype=np.uint8)
-                    content.fill(begin, data)
-                    note(content.file.name, chunk, data)
-                    _write_all(fd, data, begin)
-                    return len(data)
-
                 chunk_numbers = range(-(-file.size // CHUNK_BYTES))
                 _run(pool, write, chunk_numbers, 2 * workers, lambda size: progress(size, total))
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+            except BaseException:
+                storage.discard(fd)
+                raise
+            storage.finish(fd, file.size)
 
 
 def _run(
@@ -154,10 +160,3 @@ def _run(
             future.cancel()
         wait(running)
         raise
-
-
-def _write_all(fd: int, data: Bytes, begin: int) -> None:
-    rest = data.data
-    while len(rest):
-        written = os.pwrite(fd, rest, begin)
-        rest, begin = rest[written:], begin + written

@@ -1,57 +1,42 @@
-"""Megatron-Core's `torch_dist` checkpoints of this model, through Megatron-Core's own load and save.
+"""Megatron-Core's `torch_dist` checkpoints of this model: reading them, and whose names are whose.
 
 Names and shapes of weights are equal on both sides, because the model describes itself to Megatron-Core by global
 names. Optimizer state has the names of its distributed optimizer in model space: `optimizer.state.<what>.<weight>`,
 with a `param` for every trained weight (what we call a master copy, and keep in reduced precision only).
 
-Streaming: the reader fills one whole tensor at a time, so memory is a few of the largest tensors, never the model. The
-writer is given a piece of a tensor at a time; torch's format has no way to read or write a part of a stored piece.
+Streaming: torch's storage reader, the one beneath Megatron-Core's loader, is asked for blocks of rows. It has no way to
+read a part of a stored piece, so a block is as long as the pieces that hold it.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import io
-import logging
 import math
 import pickle
 import re
 import threading
 from collections import OrderedDict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.strategies.torch import (
-    TorchDistLoadShardedStrategy,
-    TorchDistSaveShardedStrategy,
-)
-from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
-from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
 from ckpt.manifest import TensorInfo
-from ckpt.memory import DTYPES, TORCH_DTYPES
+from ckpt.memory import DTYPES
 from megatron_zaya.convert.errors import ConvertError
-from megatron_zaya.convert.output import Progress
 from megatron_zaya.convert.safetensors_files import read_json
-from megatron_zaya.convert.weights import Bytes, Weights, check_finite, size_of
-
-logger = logging.getLogger(__name__)
+from megatron_zaya.convert.weights import Bytes
 
 METADATA, COMMON, CONFIG = ".metadata", "common.pt", "metadata.json"
 RUN = "zaya"
 """Where our own counters and configuration lie in the common part."""
-PIECE = 32 << 20
-"""Bytes of a tensor that are written as one piece, which torch's writer and reader hold twice."""
-HELD = 3
-"""Tensors that a reader keeps; a chunk of the output may end one and begin the next, on several threads."""
+HELD = 2
+"""Blocks that a reader keeps: a chunk of the output may end one and begin the next."""
 
 _HARMLESS = {
     "torch": {"Size", *(str(dtype).removeprefix("torch.") for dtype in DTYPES)},
@@ -76,23 +61,31 @@ class _Checking(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def _check_folder(folder: Path) -> None:
-    """Check that a folder is such a checkpoint, and that reading its pickled metadata runs no code."""
+def _read_metadata(folder: Path) -> Metadata:
+    """Return what lies where in a checkpoint, having checked that it is one and that unpickling this runs no code."""
     if not (folder / CONFIG).exists():
         raise ConvertError(f"{folder}: no {CONFIG} there; give the folder of one iteration of a torch_dist checkpoint")
     backend = read_json(folder / CONFIG).get("sharded_backend")
     if backend != "torch_dist":
         raise ConvertError(f"{folder / CONFIG}: its format is {backend!r}, not 'torch_dist'")
     try:
-        _Checking(io.BytesIO((folder / METADATA).read_bytes())).load()
+        metadata = _Checking(io.BytesIO((folder / METADATA).read_bytes())).load()
+        outside = [found.relative_path for found in metadata.storage_data.values() if not _inside(found.relative_path)]
     except OSError as error:
         raise ConvertError(f"{folder / METADATA}: cannot be read: {error.strerror}") from None
     except Exception as error:  # damaged pickles raise almost anything
         raise ConvertError(f"{folder / METADATA}: is refused or damaged: {error}") from None
+    if outside:
+        raise ConvertError(f"{folder / METADATA}: is refused or damaged: {outside[0]!r} is no file of this folder")
+    return metadata
+
+
+def _inside(name: str) -> bool:
+    return Path(name).name == name
 
 
 class TorchDist:
-    """The tensors of a torch_dist checkpoint, of any layout. Needs a world (world.py); any thread may read."""
+    """The tensors of a torch_dist checkpoint, of any layout. Any thread may read."""
 
     def __init__(self, folder: Path) -> None:
         """Open a checkpoint.
@@ -100,40 +93,70 @@ class TorchDist:
         Raises:
             ConvertError: it is none, its metadata are damaged or not harmless, or a type of tensor is unknown.
         """
-        _check_folder(folder)
         self.folder, self.where = folder, str(folder)
-        self._described = TorchDistLoadShardedStrategy().load_tensors_metadata(folder)
-        unknown = [name for name, tensor in self._described.items() if tensor.dtype not in DTYPES]
+        self._metadata = _read_metadata(folder)
+        self._reader = FileSystemReader(folder)
+        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+        stored = self._metadata.state_dict_metadata
+        self._stored = {name: found for name, found in stored.items() if isinstance(found, TensorStorageMetadata)}
+        unknown = [name for name, found in self._stored.items() if found.properties.dtype not in DTYPES]
         if unknown:
-            raise ConvertError(f"{folder}: {unknown[0]!r} is of type {self._described[unknown[0]].dtype}")
+            raise ConvertError(f"{folder}: {unknown[0]!r} is of type {self._stored[unknown[0]].properties.dtype}")
         self.tensors = {
-            name: TensorInfo(DTYPES[tensor.dtype], tuple(tensor.global_shape))
-            for name, tensor in self._described.items()
+            name: TensorInfo(DTYPES[found.properties.dtype], tuple(found.size)) for name, found in self._stored.items()
         }
-        self._held: OrderedDict[str, Bytes] = OrderedDict()
+        self._held: OrderedDict[tuple[str, int], Bytes] = OrderedDict()
         self._lock = threading.Lock()
 
     def read(self, name: str, start: int, out: Bytes) -> None:
-        """Fill ``out`` with elements of a tensor, from element ``start`` on; the first read brings all of it."""
-        with self._lock:
-            if name not in self._held:
-                if len(self._held) == HELD:
-                    self._held.popitem(last=False)
-                self._held[name] = self._load(name)
-            self._held.move_to_end(name)
-            data = self._held[name]
-        begin = start * self.tensors[name].item_bytes
-        out[:] = data[begin : begin + len(out)]
+        """Fill ``out`` with elements of a tensor, from element ``start`` on.
 
-    def _load(self, name: str) -> Bytes:
-        described, info = self._described[name], self.tensors[name]
-        tensor = torch.empty(info.shape, dtype=described.dtype)
-        wanted = {name: ShardedTensor.from_rank_offsets(name, tensor)}
-        try:
-            TorchDistLoadShardedStrategy().load(wanted, self.folder)
-        except (Exception, CheckpointException) as error:
-            said = str(error).strip().splitlines() or [type(error).__name__]
-            raise ConvertError(f"{self.folder}: {name!r} cannot be read: {said[-1]}") from None
+        Raises:
+            ConvertError: they are not all there, or a file is missing or damaged.
+        """
+        info, shape = self.tensors[name], self.tensors[name].shape
+        row_bytes = math.prod(shape[1:]) * info.item_bytes
+        begin = start * info.item_bytes
+        end = begin + len(out)
+        for first, last in pairwise(_cuts(self._stored[name])):
+            low, high = max(begin, first * row_bytes), min(end, last * row_bytes)
+            if low < high:
+                with self._lock:
+                    block = self._block(name, first, last)
+                out[low - begin : high - begin] = block[low - first * row_bytes : high - first * row_bytes]
+
+    def _block(self, name: str, first: int, last: int) -> Bytes:
+        """Return rows of a tensor, from memory or from the files."""
+        if (name, first) not in self._held:
+            if len(self._held) == HELD:
+                self._held.popitem(last=False)
+            try:
+                self._held[name, first] = self._load(name, first, last)
+            except ConvertError:
+                raise
+            except Exception as error:  # what torch's reader makes of damaged files is of many kinds
+                said = str(error).strip().splitlines() or [type(error).__name__]
+                raise ConvertError(f"{self.folder}: {name!r} cannot be read: {said[-1]}") from None
+        self._held.move_to_end((name, first))
+        return self._held[name, first]
+
+    def _load(self, name: str, first: int, last: int) -> Bytes:
+        stored = self._stored[name]
+        shape = [last - first, *stored.size[1:]] if stored.size else []
+        tensor = torch.empty(shape, dtype=stored.properties.dtype)
+        items = [
+            _item(name, number, chunk, first, last)
+            for number, chunk in enumerate(stored.chunks)
+            if not chunk.sizes or (chunk.offsets[0] < last and chunk.offsets[0] + chunk.sizes[0] > first)
+        ]
+        held = sum(math.prod(item.lengths) for item in items)
+        if held != tensor.numel():
+            raise ConvertError(
+                f"{self.folder}: {held} of the {tensor.numel()} elements of {name!r} from row {first} on are there"
+            )
+        planner = DefaultLoadPlanner(flatten_state_dict=False)
+        planner.set_up_planner({name: tensor}, self._metadata, is_coordinator=True)
+        self._reader.read_data(LoadPlan(items), planner).wait()
         return tensor.reshape(-1).view(torch.uint8).numpy()
 
     def run_state(self) -> dict[str, Any]:
@@ -146,85 +169,28 @@ class TorchDist:
         return found if isinstance(found, dict) else {}
 
 
-class _Planner(DefaultSavePlanner):
-    """Cuts tensors into pieces along their first dimension, and hands each out when it is written."""
-
-    def __init__(self, weights: Weights, progress: Progress) -> None:
-        super().__init__(flatten_state_dict=False)
-        self.weights, self.progress, self.total = weights, progress, size_of(weights.tensors)
-
-    def create_local_plan(self) -> SavePlan:
-        whole = super().create_local_plan().items
-        self.plan = SavePlan([piece for item in whole for piece in _pieces(item)])
-        return self.plan
-
-    def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
-        name, chunk = write_item.index.fqn, write_item.tensor_data.chunk
-        info = self.weights.tensors[name]
-        start = chunk.offsets[0] * math.prod(info.shape[1:]) if chunk.offsets else 0
-        raw = np.empty(math.prod(chunk.sizes) * info.item_bytes, dtype=np.uint8)
-        self.weights.read(name, start, raw)
-        check_finite(self.weights, name, start, raw)
-        self.progress(len(raw), self.total)
-        return torch.from_numpy(raw).view(TORCH_DTYPES[info.dtype]).view(chunk.sizes)
+def _cuts(stored: TensorStorageMetadata) -> list[int]:
+    """Return the rows at which pieces of a tensor begin or end, the first and the last row among them."""
+    if not stored.size:
+        return [0, 1]
+    ends = {row for chunk in stored.chunks for row in (chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0])}
+    return sorted({0, stored.size[0]} | ends)
 
 
-def _pieces(item: WriteItem) -> list[WriteItem]:
-    """Cut the writing of a whole tensor into pieces of about PIECE bytes, or rows of the first dimension."""
-    data = item.tensor_data
-    shape = data.size
-    row_bytes = math.prod(shape[1:]) * data.properties.dtype.itemsize
-    if not shape or shape[0] * row_bytes <= PIECE:
-        return [item]
-    rows = max(1, PIECE // row_bytes)
-    pieces = []
-    for first in range(0, shape[0], rows):
-        offsets = torch.Size([first, *(0 for _ in shape[1:])])
-        sizes = torch.Size([min(rows, shape[0] - first), *shape[1:]])
-        chunk = dataclasses.replace(data, chunk=ChunkStorageMetadata(offsets=offsets, sizes=sizes))
-        pieces.append(WriteItem(MetadataIndex(item.index.fqn, offsets), WriteItemType.SHARD, tensor_data=chunk))
-    return pieces
-
-
-class _Streaming(TorchDistSaveShardedStrategy):
-    """Writes tensors that are read as they are written: Megatron-Core's own writer wants all of them at once."""
-
-    def __init__(self, weights: Weights, progress: Progress) -> None:
-        super().__init__("torch_dist", 1)
-        self.planner = _Planner(weights, progress)
-
-    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path | str) -> None:
-        state = {}
-        for value in nested_values(sharded_state_dict):
-            if isinstance(value, ShardedTensor):
-                state[value.key] = value.data
-            else:  # 0.19 passes the common part as an object; it still looks for this file first
-                torch.save(value.data, Path(checkpoint_dir, COMMON))
-        # A file per piece: torch's writer keeps all tensors of a file until it closes it.
-        writer = dcp.FileSystemWriter(checkpoint_dir, single_file_per_rank=False, sync_files=True)
-        try:
-            dcp.save(state, storage_writer=writer, planner=self.planner)
-        except CheckpointException as error:
-            raise next(iter(error.failures.values()))[0] from None
-
-
-def write_torch_dist(folder: Path, weights: Weights, common: dict[str, Any], progress: Progress) -> None:
-    """Write a checkpoint into an empty folder. Needs a world.
-
-    Args:
-        folder: where, existing.
-        weights: tensors by the names they shall have.
-        common: what goes beside the tensors: plain values and containers.
-        progress: told of each tensor.
-    """
-    described = {
-        name: ShardedTensor.from_rank_offsets(
-            name, torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype], device="meta")
-        )
-        for name, info in weights.tensors.items()
-    }
-    dist_checkpointing.save(
-        {**common, "tensors": described}, str(folder), sharded_strategy=_Streaming(weights, progress)
+def _item(name: str, number: int, chunk: ChunkStorageMetadata, first: int, last: int) -> ReadItem:
+    """Ask for what a piece holds of the rows from ``first`` to ``last``, to be put into a tensor of just these."""
+    inside, target, lengths = list(chunk.offsets), list(chunk.offsets), list(chunk.sizes)
+    if lengths:
+        low, high = max(first, chunk.offsets[0]), min(last, chunk.offsets[0] + chunk.sizes[0])
+        inside[0], target[0], lengths[0] = low - chunk.offsets[0], low - first, high - low
+        inside[1:] = [0] * (len(inside) - 1)
+    return ReadItem(
+        type=LoadItemType.TENSOR,
+        dest_index=MetadataIndex(name),
+        dest_offsets=torch.Size(target),
+        storage_index=MetadataIndex(name, chunk.offsets, number),
+        storage_offsets=torch.Size(inside),
+        lengths=torch.Size(lengths),
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from typer.testing import CliRunner
 from ckpt.memory import TORCH_DTYPES
 from launch.cli import app
 from megatron_zaya.config import load_config
-from megatron_zaya.convert import torch_dist
+from megatron_zaya.convert import torch_dist_export
 from megatron_zaya.convert.commands import Options, from_hf, from_torch_dist, to_hf, to_torch_dist
 from megatron_zaya.convert.errors import ConvertError
 from megatron_zaya.convert.step import StepWeights
@@ -134,7 +135,7 @@ def runs(tmp_path_factory, text_prefix):  # noqa: F811
     for model in MODELS:
         config = load_config(path, overrides_of(model, model, FIRST))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch_dist, "PIECE", 3000)  # an odd number of rows of several tensors
+            patch.setattr(torch_dist_export, "PIECE", 3000)  # an odd number of rows of several tensors
             to_torch_dist(config.run_dir, folder / f"export_{model}", OPTIONS, iteration=2, with_state=True)
         from_torch_dist(folder / f"export_{model}", config, folder / f"ours_{model}", OPTIONS, with_state=True)
         to_hf(config.run_dir, folder / f"hf_{model}", OPTIONS, iteration=2)
@@ -246,3 +247,25 @@ def test_metadata_that_would_run_code_are_refused(runs, tmp_path, capsys):
     with pytest.raises(ConvertError, match=r"\.metadata: is refused or damaged: it wants builtins\.print"):
         from_torch_dist(tmp_path, load_config(runs[1]), tmp_path / "out", OPTIONS)
     assert "never" not in capsys.readouterr().out
+
+
+def test_metadata_with_a_hole_or_a_way_out_of_the_folder_are_refused(runs, tmp_path):
+    folder, path = runs
+    config = load_config(path, overrides_of("sliding", "sliding", FIRST))
+
+    def refused(match: str, change) -> None:
+        source = shutil.copytree(folder / "export_sliding", tmp_path / "source")
+        metadata = pickle.loads((source / ".metadata").read_bytes())
+        change(metadata)
+        (source / ".metadata").write_bytes(pickle.dumps(metadata))
+        with pytest.raises(ConvertError, match=match):
+            from_torch_dist(source, config, tmp_path / "out", OPTIONS)
+        shutil.rmtree(source)
+        assert not list(tmp_path.iterdir())
+
+    def lead_outside(metadata) -> None:
+        next(iter(metadata.storage_data.values())).relative_path = "../weights.distcp"
+
+    refused(r"'\.\./weights\.distcp' is no file of this folder", lead_outside)
+    name = "embedding.word_embeddings.weight"
+    refused(rf"0 of the \d+ elements of '{name}'", lambda metadata: metadata.state_dict_metadata[name].chunks.pop(1))
