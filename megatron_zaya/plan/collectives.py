@@ -143,9 +143,8 @@ def _dispatch_flows(m: ModelShape, layout: Layout, t: Tokens) -> list[Flow]:
         return _gathered_dispatch_flows(m, layout, t)
     d = t.local * (1 - m.skip_share) * m.moe_router_topk
     everyone = layout.ep * layout.etp
-    flows = [
-        Flow("layer", "ep", "all_gather", 8.0 * everyone * m.num_moe_experts, (1, everyone), 1, 0, "moe")
-    ]  # counts
+    counts = 8.0 * everyone * m.num_moe_experts
+    flows = [Flow("layer", "ep", "all_gather", counts, (1, everyone), 1, 0, "moe")]
     if layout.ep > 1:
         ranks = group(layout, "ep")
         flows.append(Flow("layer", "ep", "all_to_all", 2 * d * m.hidden_size, ranks, 2, 2, "moe"))
