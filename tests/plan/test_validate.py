@@ -13,6 +13,7 @@ from megatron_zaya.plan.activations import Options
 from megatron_zaya.plan.hardware import Network, accelerator, accelerators
 from megatron_zaya.plan.memory import plan_memory
 from megatron_zaya.plan.parameters import active_parameters, model_parameters
+from megatron_zaya.plan.price import wanted_of
 from megatron_zaya.plan.shape import Batch, Layout, ModelShape, model_of
 from megatron_zaya.plan.step_time import plan_step_time
 from megatron_zaya.plan.validate import HELD_OUT, POINTS, compare, summary
@@ -81,6 +82,8 @@ def test_zaya1_at_4k_needs_no_model_parallelism_on_192_gb_but_on_80_gb(world_siz
 def test_what_the_driver_holds_is_a_setting_of_the_accelerator_and_counts():
     amd, nvidia = (accelerator(name).allowances() for name in ("MI355X", "B200"))
     assert amd.driver_bytes > nvidia.driver_bytes
+    for name in ("MI355X", "B200"):  # what checks, profiles and reports ask with
+        assert wanted_of(load_config(ZAYA1), 8, accelerator(name)).allowances == accelerator(name).allowances()
     device = [c for c in compare() if c.quantity == "device_gib"]
     assert len(device) == 2
     assert all(abs(c.error) < 0.05 for c in device)
