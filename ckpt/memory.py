@@ -175,6 +175,10 @@ def unpin(ring: Tensor | None) -> None:
         torch.cuda.cudart().cudaHostUnregister(ring.data_ptr())
 
 
+_FEW_COPIES = 2
+"""So many ranks read the same bytes past the page cache: a read again costs less than the cache's pages and copies."""
+
+
 def targets_of(shards: Sequence[Shard]) -> tuple[list[Target], list[tuple[Tensor, Tensor]]]:
     """Return targets that fill the shards, and (shard's tensor, host copy) pairs to be copied after the read."""
     targets, copies = [], []
@@ -185,7 +189,7 @@ def targets_of(shards: Sequence[Shard]) -> tuple[list[Target], list[tuple[Tensor
             copies.append((data, host))
             data = host
         info = TensorInfo(dtype_name(data, shard.key), tuple(shard.global_shape))
-        targets.append(Target(shard.key, info, shard.region, _memory_of(data), shared=shard.writers > 1))
+        targets.append(Target(shard.key, info, shard.region, _memory_of(data), shared=shard.writers > _FEW_COPIES))
     return targets, copies
 
 

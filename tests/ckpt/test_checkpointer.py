@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 
 from ckpt.checkpointer import Checkpointer
+from ckpt.descriptors import Descriptors
 from ckpt.errors import CheckpointError
 from ckpt.retention import Retention
 from ckpt.shard import Shard, whole
@@ -43,6 +44,25 @@ def test_every_type_comes_back_and_the_report_says_so(make_checkpointer, tmp_pat
     assert "9 tensors" in report.summary()
     assert sorted(p.name for p in (tmp_path / "steps").iterdir()) == ["iter_0000005", LATEST]
     assert check_step(report.folder).score == 0.5
+
+
+@pytest.mark.parametrize("copies", [2, 3])
+def test_what_other_ranks_want_too_is_read_past_the_page_cache_or_through_it(
+    make_checkpointer, tmp_path, monkeypatch, copies
+):
+    checkpointer, state = make_checkpointer(), tensors(big=2)
+    save(checkpointer, 1, state)
+    read, directly = Descriptors.read, set()
+
+    def noted(self, name, direct, *arguments):
+        directly.add(direct)
+        return read(self, name, direct, *arguments)
+
+    monkeypatch.setattr(Descriptors, "read", noted)
+    loaded = zeros(state)
+    checkpointer.load([whole(key, tensor, replica_id=0, writers=copies) for key, tensor in loaded.items()])
+    assert_equal(loaded, state)
+    assert directly == {copies == 2}
 
 
 def test_the_files_are_safetensors_files(make_checkpointer, tmp_path):
