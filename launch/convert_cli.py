@@ -138,7 +138,7 @@ def to_torch_dist(source: Source, output: Output, iteration: Iteration = None, s
 
 @app.command("verify")
 def verify(
-    a: Annotated[Path, typer.Argument(help="Checkpoint, or model folder.")],
+    a: Annotated[Path, typer.Argument(help="Checkpoint (ours or torch_dist), or model folder.")],
     b: Annotated[Path, typer.Argument(help="The other; the layouts may differ.")],
     tolerance: Annotated[
         float, typer.Option(min=0, help="Largest |a - b| of a tensor, relative to its largest |a|; 0: equal bits.")

@@ -22,7 +22,7 @@ from megatron_zaya.convert.folders import CARRIED, KINDS, carry, check_config, k
 from megatron_zaya.convert.hf import HF
 from megatron_zaya.convert.output import Progress, new_folder, silent, write_files
 from megatron_zaya.convert.safetensors_files import INDEX, SafetensorsFolder, index_json, plan_files
-from megatron_zaya.convert.step import STATE, StepWeights, write_step
+from megatron_zaya.convert.step import StepWeights, write_step
 from megatron_zaya.convert.table import our_tensors
 from megatron_zaya.convert.weights import Named, Retyped, Weights, check_tensors, size_of, to_ours, to_theirs
 
@@ -158,13 +158,12 @@ def from_torch_dist(source: Path, config: RunConfig, output: Path, options: Opti
     Raises:
         ConvertError: config or tensors do not fit, are damaged or not finite, or the output exists.
     """
-    from megatron_zaya.convert.torch_dist import TorchDist, our_names
+    from megatron_zaya.convert.torch_dist import TorchDist, our_view
 
     stored = TorchDist(source)
     run = stored.run_state()
     _check_model(source, run, config.model)
-    names = our_names(stored.tensors)
-    weights = Named(stored, {name: theirs for name, theirs in names.items() if not name.startswith(STATE)})
+    weights = our_view(stored)
     check_tensors(weights, [tensor for pair in HF.pairs(config.model) for tensor in pair.ours])
     wanted = our_tensors(config.model, HF, PARAMETER_TYPES[config.run.precision])
     common: dict[str, Any] = {"config": config.model_dump(mode="json"), "origin": {"layout": "torch_dist"}}
@@ -173,7 +172,7 @@ def from_torch_dist(source: Path, config: RunConfig, output: Path, options: Opti
         _check_state(source, run, weights, wanted)
         common |= run | {"config": common["config"]}
         iteration = run["train_state"]["iteration"]
-        weights = Named(stored, names)
+        weights = our_view(stored, with_state=True)
     typed = Retyped(weights, {name: info.dtype for name, info in wanted.items()}, options.rounding)
     with new_folder(output) as folder:
         write_step(folder, typed, common, options.workers, options.max_file_bytes, options.progress, iteration)

@@ -30,7 +30,8 @@ from ckpt.manifest import TensorInfo
 from ckpt.memory import DTYPES
 from megatron_zaya.convert.errors import ConvertError
 from megatron_zaya.convert.safetensors_files import read_json
-from megatron_zaya.convert.weights import Bytes
+from megatron_zaya.convert.step import STATE
+from megatron_zaya.convert.weights import Bytes, Named
 
 METADATA, COMMON, CONFIG = ".metadata", "common.pt", "metadata.json"
 RUN = "zaya"
@@ -227,3 +228,9 @@ def our_names(tensors: dict[str, TensorInfo]) -> dict[str, str]:
         elif weight not in tensors or tensors[weight].dtype != info.dtype:
             result[f"optimizer.master.{weight}"] = name
     return result
+
+
+def our_view(stored: TorchDist, with_state: bool = False) -> Named:
+    """Return a checkpoint under our names; without optimizer, balancing and random state unless ``with_state``."""
+    names = our_names(stored.tensors)
+    return Named(stored, {name: theirs for name, theirs in names.items() if with_state or not name.startswith(STATE)})

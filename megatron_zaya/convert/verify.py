@@ -17,6 +17,7 @@ import numpy as np
 from ckpt.errors import CheckpointError
 from ckpt.manifest import TensorInfo
 from ckpt.steps import find_step
+from megatron_zaya.config import RunConfig
 from megatron_zaya.config.sections import ModelConfig
 from megatron_zaya.convert import hf
 from megatron_zaya.convert.commands import open_step
@@ -26,6 +27,8 @@ from megatron_zaya.convert.output import Progress, silent
 from megatron_zaya.convert.safetensors_files import SafetensorsFolder, read_json
 from megatron_zaya.convert.weights import Weights, size_of, to_ours, widen
 
+TORCH_DIST = ".metadata"
+"""A file that only Megatron-Core's checkpoints have."""
 BLOCK_ELEMENTS = 1 << 21
 FLOATS = {"BF16", "F16", "F32"}
 _INTEGERS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
@@ -37,15 +40,15 @@ class Side:
 
     path: Path
     kind: str
-    """"checkpoint", "transformers" or "original"."""
+    """"checkpoint", "torch_dist", "transformers" or "original"."""
     weights: Weights
-    """Under their own names."""
+    """Under our names in a checkpoint of ours or of Megatron-Core, else under their own."""
     model: ModelConfig | None
     """None where the folder does not say it in our terms."""
 
     def ours(self, model: ModelConfig) -> Weights:
         """Return the weights under our names."""
-        return self.weights if self.kind == "checkpoint" else to_ours(self.weights, KINDS[self.kind].layout, model)
+        return to_ours(self.weights, KINDS[self.kind].layout, model) if self.kind in KINDS else self.weights
 
 
 @dataclass
@@ -99,12 +102,23 @@ def open_side(path: Path, iteration: int | None = None) -> Side:
     except CheckpointError:
         if iteration is not None:
             raise
+        if (path / TORCH_DIST).exists():
+            return _open_torch_dist(path)
         weights = SafetensorsFolder(path)
         kind = kind_of(path, list(weights.tensors))
         model = hf.model_config(read_json(path / "config.json"), path) if kind == "transformers" else None
         return Side(path, kind, weights, model)
     step, config = open_step(path, iteration)
     return Side(path, "checkpoint", step, config.model)
+
+
+def _open_torch_dist(path: Path) -> Side:
+    from megatron_zaya.convert.torch_dist import TorchDist, our_view
+
+    stored = TorchDist(path)
+    config = stored.run_state().get("config")
+    model = None if config is None else RunConfig.model_validate(config).model
+    return Side(path, "torch_dist", our_view(stored), model)
 
 
 def verify(

@@ -24,6 +24,7 @@ from megatron_zaya.convert import torch_dist_export
 from megatron_zaya.convert.commands import Options, from_hf, from_torch_dist, to_hf, to_torch_dist
 from megatron_zaya.convert.errors import ConvertError
 from megatron_zaya.convert.step import StepWeights
+from megatron_zaya.convert.verify import verify
 from megatron_zaya.telemetry.jsonl import steps_by_iteration
 from tests.distributed.layouts import EP2, PP2, TP2
 from tests.ranks import run_ranks
@@ -229,6 +230,10 @@ def test_mistakes_and_damage_are_clear_errors(runs, tmp_path):
         to_torch_dist(config.run_dir, export, OPTIONS)
     with pytest.raises(ConvertError, match="holds weights only; leave --state away"):
         to_torch_dist(folder / "hf_sliding_ours", tmp_path / "out", OPTIONS, with_state=True)
+    found = CliRunner().invoke(app, ["convert", "verify", str(whole), str(folder / "hf_sliding")])
+    assert found.exit_code == 0 and "largest difference" in found.output, found.output
+    other = verify(whole, folder / "hf_bf16_muon", logits=False)
+    assert not other.equal and "type F32 and BF16" in other.summary()
     largest = max(export.glob("*.distcp"), key=lambda file: file.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:-2000])
     refused([], r"'embedding.word_embeddings.weight' cannot be read: ")
