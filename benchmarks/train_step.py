@@ -54,7 +54,7 @@ class Case:
 
 CASES = {
     "small": Case("smoke_cpu.yaml", batch=4, seq=256, steps=20),
-    "100m": Case("zaya_100m.yaml", batch=2, seq=1024, steps=5),
+    "100m": Case("zaya_100m.yaml", batch=2, seq=1024, steps=12),
 }
 
 
