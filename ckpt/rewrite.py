@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import secrets
 from collections.abc import Callable
 from dataclasses import asdict
@@ -16,7 +15,7 @@ from ckpt.rankfile import FilePlan, Part, plan_file
 from ckpt.reader import read
 from ckpt.region import Region
 from ckpt.steps import check_step, partial_dir, step_dir
-from ckpt.storage import ALIGNMENT, PosixStorage
+from ckpt.storage import ALIGNMENT, PosixStorage, io_buffer
 from ckpt.transfer import Target
 from ckpt.writer.arena import CHUNK_BYTES
 from ckpt.writer.commit import CommitOrder, Committer
@@ -75,7 +74,7 @@ def _write_file(
     save_id: str,
     progress: Callable[[int], None] | None,
 ) -> None:
-    memory = mmap.mmap(-1, -(-max(plan.size, 1) // ALIGNMENT) * ALIGNMENT)
+    memory = io_buffer(max(plan.size, 1))
     memory[: plan.data_begin] = plan.header(manifest.iteration, save_id)
     content = np.frombuffer(memory, dtype=np.uint8)
     targets = []

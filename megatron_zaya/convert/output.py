@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import mmap
 import secrets
 import shutil
 import threading
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ckpt.storage import ALIGNMENT, POSIX, load_storage
+from ckpt.storage import ALIGNMENT, POSIX, io_buffer, load_storage
 from ckpt.writer.arena import CHUNK_BYTES
 from megatron_zaya.convert.errors import ConvertError
 from megatron_zaya.convert.safetensors_files import PlannedFile
@@ -122,7 +121,7 @@ def write_files(
 
             def write(chunk: int, content: _Content = content, fd: int = fd) -> int:
                 if not hasattr(buffers, "chunk"):
-                    buffers.chunk = mmap.mmap(-1, CHUNK_BYTES)  # aligned, as writing past the page cache wants it
+                    buffers.chunk = io_buffer(CHUNK_BYTES)
                 begin = chunk * CHUNK_BYTES
                 size = min(CHUNK_BYTES, content.file.size - begin)
                 data = np.frombuffer(buffers.chunk, dtype=np.uint8, count=size)

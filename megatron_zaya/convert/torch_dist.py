@@ -106,6 +106,7 @@ class TorchDist:
         self.tensors = {
             name: TensorInfo(DTYPES[found.properties.dtype], tuple(found.size)) for name, found in self._stored.items()
         }
+        self._cuts = {name: _cuts(found) for name, found in self._stored.items()}
         self._held: OrderedDict[tuple[str, int], Bytes] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -119,7 +120,7 @@ class TorchDist:
         row_bytes = math.prod(shape[1:]) * info.item_bytes
         begin = start * info.item_bytes
         end = begin + len(out)
-        for first, last in pairwise(_cuts(self._stored[name])):
+        for first, last in pairwise(self._cuts[name]):
             low, high = max(begin, first * row_bytes), min(end, last * row_bytes)
             if low < high:
                 with self._lock:

@@ -243,40 +243,27 @@ def _spread(x_CH: Tensor, order_T: Tensor, inverse_T: Tensor, count: int) -> Ten
     return x_CH.index_select(0, inverse_T.clamp_max(count - 1)).index_fill_(0, order_T[count:], 0)
 
 
-class _TakenRows(Function):
+class _MovedRows(Function):
     @staticmethod
-    def forward(ctx: Any, x_TH: Tensor, order_T: Tensor, inverse_T: Tensor, count: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, order_T: Tensor, inverse_T: Tensor, count: int, back: bool) -> Tensor:
         ctx.save_for_backward(order_T, inverse_T)
-        ctx.count = count
-        return _take(x_TH, order_T, inverse_T, count)
+        ctx.count, ctx.back = count, back
+        return (_spread if back else _take)(x, order_T, inverse_T, count)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_CH: Tensor) -> tuple[Tensor, None, None, None]:
-        return _spread(grad_CH, *ctx.saved_tensors, ctx.count), None, None, None
-
-
-class _SpreadRows(Function):
-    @staticmethod
-    def forward(ctx: Any, x_CH: Tensor, order_T: Tensor, inverse_T: Tensor, count: int) -> Tensor:
-        ctx.save_for_backward(order_T, inverse_T)
-        ctx.count = count
-        return _spread(x_CH, order_T, inverse_T, count)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, None, None, None]:
-        return _take(grad_TH, *ctx.saved_tensors, ctx.count), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return (_take if ctx.back else _spread)(grad, *ctx.saved_tensors, ctx.count), None, None, None, None
 
 
 def take_rows(x_TH: Tensor, order_T: Tensor, inverse_T: Tensor, count: int) -> Tensor:
     """Return rows ``order_T[:count]`` of a permutation and its inverse: backward is a gather too, not a scatter-add."""
-    return _TakenRows.apply(x_TH, order_T, inverse_T, count)
+    return _MovedRows.apply(x_TH, order_T, inverse_T, count, False)
 
 
 def spread_rows(x_CH: Tensor, order_T: Tensor, inverse_T: Tensor, count: int) -> Tensor:
     """Undo :func:`take_rows`: put the rows back where they came from; the T - count others are zero."""
-    return _SpreadRows.apply(x_CH, order_T, inverse_T, count)
+    return _MovedRows.apply(x_CH, order_T, inverse_T, count, True)
 
 
 @lru_cache

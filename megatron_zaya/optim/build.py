@@ -44,7 +44,7 @@ def _mcore_config(config: RunConfig, model: Sequence[DistributedDataParallel]) -
         bf16=transformer.bf16,
         params_dtype=transformer.params_dtype,
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
-        overlap_param_gather=config.parallel.overlap_param_gather and config.parallel.use_distributed_optimizer,
+        overlap_param_gather=model[0].ddp_config.overlap_param_gather,
     )
 
 
