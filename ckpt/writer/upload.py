@@ -41,6 +41,8 @@ def upload(
 ) -> None:
     """Copy a rank's part from the node's disk to ``folder``, durably, and remove it from the node's disk.
 
+    How to commit travels with the first rank's part: the ranks of a node share its folder and copy side by side.
+
     Args:
         local: the save's folder on this node.
         rank: whose part.
@@ -56,7 +58,7 @@ def upload(
     record = read_record(local / part_name(rank, save_id))
     name, size = record.file["name"], record.file["bytes"]
     storage.make_folder(folder)
-    commit = read_commit(local, save_id)
+    commit = read_commit(local, save_id) if rank == 0 else None
     if commit is not None:
         keep_commit(folder, save_id, commit, storage)
     fd = storage.create(folder / name, size)
@@ -69,7 +71,7 @@ def upload(
     storage.sync_folder(folder)
     storage.write_small(folder / part_name(rank, save_id), record.to_bytes())
     storage.sync_folder(folder)
-    _forget(local, rank, save_id, with_commit=commit is not None)
+    _forget(local, rank, save_id)
 
 
 def forget_older(local: Path, rank: int, save_id: str) -> None:
@@ -86,11 +88,11 @@ def forget_older(local: Path, rank: int, save_id: str) -> None:
         if other.split("-")[0] != save_id.split("-")[0]:
             PosixStorage().remove_tree(folder)
         elif is_leftover(folder.name, save_id):
-            _forget(folder, rank, other, with_commit=rank == 0)
+            _forget(folder, rank, other)
 
 
-def _forget(folder: Path, rank: int, save_id: str, with_commit: bool) -> None:
-    names = [part_name(rank, save_id), file_name(rank), *([commit_name(save_id)] if with_commit else [])]
+def _forget(folder: Path, rank: int, save_id: str) -> None:
+    names = [part_name(rank, save_id), file_name(rank), *([commit_name(save_id)] if rank == 0 else [])]
     for name in names:
         with contextlib.suppress(OSError):
             PosixStorage().unlink(folder / name)

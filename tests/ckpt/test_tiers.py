@@ -16,8 +16,10 @@ import pytest
 import torch
 
 from ckpt.checkpointer import Checkpointer
-from ckpt.steps import complete_iterations, partial_saves
+from ckpt.steps import complete_iterations, partial_dir, partial_saves
+from ckpt.storage import PosixStorage
 from ckpt.tiers import Found, found_under, recover, rescues
+from ckpt.writer.upload import upload
 from tests.ckpt.conftest import assert_equal, shards, tensors, zeros
 from tests.ckpt.test_failures import FAULTS, newest
 from tests.ranks import run_ranks
@@ -69,6 +71,26 @@ def test_a_broken_shared_storage_fails_the_save_and_nothing_else(make_checkpoint
     assert newest(checkpointer) == 3
     checkpointer.close()
     assert files(tmp_path / "node") == []
+
+
+def test_ranks_of_one_node_copy_side_by_side_and_the_first_ones_part_takes_the_commit_along(tmp_path):
+    arm, node = tmp_path / "armed", tmp_path / "node"
+    options = {"armed": str(arm), "action": "5", "call": "pwrite"}  # both parts stay on the node
+    for rank in (0, 1):
+        arm.touch()
+        checkpointer = Checkpointer(tmp_path / "steps", local=node, storage=FAULTS, storage_options=options)
+        checkpointer.rank, checkpointer.world_size, checkpointer._session = rank, 2, "abcd"
+        checkpointer.save(1, shards(tensors(1, big=2)))
+        checkpointer.wait(60)
+        checkpointer.close()
+    local, shared = partial_dir(node, 1, "abcd-1"), partial_dir(tmp_path / "shared", 1, "abcd-1")
+    everything = files(local)
+    assert len(everything) == 5, "two files, two records, the commit"
+    upload(local, 1, "abcd-1", shared, PosixStorage())
+    assert files(local) == [name for name in everything if "00001" not in name]
+    assert files(shared) == [name for name in everything if "00001" in name]
+    upload(local, 0, "abcd-1", shared, PosixStorage())
+    assert (files(local), files(shared)) == ([], everything)
 
 
 def node_rank(root: str, rank: int, local: str, pids, ready) -> None:
