@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 PACKAGES = ["megatron_zaya", "ckpt", "topology", "launch"]
 
@@ -15,6 +15,8 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=[p for name in PACKAGES for p in (name, f"{name}.*")]),
+    # Without a compiler the package works as well; checkpoints are staged more slowly then (ckpt/native.py).
+    ext_modules=[Extension("ckpt._native", ["ckpt/native.c"], extra_compile_args=["-O3"], optional=True)],
     package_data={name: ["py.typed", "**/*.yaml", "**/*.j2"] for name in PACKAGES},
     # torch comes with the platform (the ROCm image brings its own build): it is never pinned here.
     install_requires=[

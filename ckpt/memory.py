@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from ckpt.errors import CheckpointError
 from ckpt.manifest import TensorInfo
+from ckpt.native import copy, copy_all
 from ckpt.rankfile import FilePlan, Part
 from ckpt.shard import Shard
 from ckpt.transfer import Target
@@ -69,35 +71,36 @@ def parts_of(shards: Sequence[Shard]) -> list[Part]:
 
 def signature_of(shards: Sequence[Shard]) -> list[tuple[Any, ...]]:
     """Return what a plan depends on, quick to make and to compare."""
-    return [
-        (
-            *(s.key, s.data.dtype, s.global_shape, s.global_offset, s.local_shape),
-            *(s.flattened_range, s.replica_id, s.writers),
-        )
-        for s in shards
-    ]
+    return list(map(_SIGNATURE, shards))
+
+
+_SIGNATURE = operator.attrgetter(
+    *("key", "data.dtype", "global_shape", "global_offset", "local_shape", "flattened_range", "replica_id", "writers")
+)
 
 
 def stage(shards: Sequence[Shard], plan: FilePlan, header: bytes, ring: Ring) -> None:
     """Copy a file's content, piece by piece, into the ring. Afterwards the tensors may change."""
     ring.put_bytes(header)
-    tensors = [shard.data if shard.data.is_contiguous() else shard.data.contiguous() for shard in shards]
-    if ring.holds(plan.size) and all(tensor.is_cpu for tensor in tensors):
-        base, copied = ring.base, 0
-        for number, first, begin, size in plan.copies:
-            ctypes.memmove(base + begin, tensors[number].data_ptr() + first, size)
-            copied += size
-            if copied >= _ANNOUNCE:
-                copied, ring.arena.staged = 0, begin + size
+    tensors = [shard.data for shard in shards]
+    if not all(map(Tensor.is_contiguous, tensors)):
+        tensors = [tensor.contiguous() for tensor in tensors]
+    if ring.holds(plan.size) and all(map(_IS_CPU, tensors)):
+        number, first, begin, size = plan.copies.T
+        addresses = np.fromiter(map(Tensor.data_ptr, tensors), np.uint64, len(tensors))
+        sources = addresses[number] + first.astype(np.uint64)
+        copy_all(ring.base, begin, sources, size, ring.arena.staged_address, _ANNOUNCE)
         ring.at = plan.size
     else:
-        for number, first, _, size in plan.copies:
+        for number, first, _, size in plan.copies.tolist():
             ring.put(tensors[number].detach(), first, size)
     ring.flush()
 
 
-_ANNOUNCE = 16 << 20
-"""Bytes after which the writer is told of what has been staged."""
+_IS_CPU = operator.attrgetter("is_cpu")
+_ANNOUNCE = 1 << 30
+"""Bytes after which the writer is told of what has been staged: a tenth of a second in which it leaves the memory and
+the cores to the rank. (What comes from an accelerator is told when it has arrived.)"""
 
 
 class Ring:
@@ -148,7 +151,7 @@ class Ring:
     def _put_address(self, address: int, size: int) -> None:
         while size:
             position, count = self._room(size)
-            ctypes.memmove(self.base + position, address, count)
+            copy(self.base + position, address, count)
             address, size, self.at = address + count, size - count, self.at + count
             if self.stream is None:
                 self.arena.staged = self.at

@@ -14,7 +14,9 @@ import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from ckpt.errors import CheckpointError
 from ckpt.manifest import ITEM_BYTES, Piece, TensorInfo
@@ -42,8 +44,8 @@ class FilePlan:
     """A rank's file before it has content."""
 
     pieces: list[Piece]
-    copies: list[tuple[int, int, int, int]]
-    """For each piece: number of its part, first byte within the part, first byte of the file, bytes."""
+    copies: NDArray[np.int64]
+    """[pieces, 4]: number of its part, first byte within the part, first byte of the file, bytes."""
     tensors: dict[str, TensorInfo]
     size: int
     """Bytes of the file."""
@@ -107,7 +109,8 @@ def plan_file(parts: Sequence[Part], rank: int) -> FilePlan:
     for (number, start, stop), begin in zip(chosen, places, strict=True):
         size = ITEM_BYTES[parts[number].dtype]
         copies.append((number, start * size, data_begin + begin, (stop - start) * size))
-    return FilePlan(pieces, copies, tensors, data_begin + end, data_begin, struct.pack("<Q", len(text)) + text)
+    table = np.array(copies, dtype=np.int64).reshape(-1, 4)
+    return FilePlan(pieces, table, tensors, data_begin + end, data_begin, struct.pack("<Q", len(text)) + text)
 
 
 def _box_numel(region: Region) -> int:

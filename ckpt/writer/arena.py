@@ -49,6 +49,11 @@ class Arena:
         """Address of the ring's first byte in this process."""
         return ctypes.addressof(ctypes.c_char.from_buffer(self.memory, ALIGNMENT))
 
+    @property
+    def staged_address(self) -> int:
+        """Address of the counter ``staged`` in this process."""
+        return ctypes.addressof(ctypes.c_char.from_buffer(self.memory, _STAGED * 8))
+
     def begin(self) -> None:
         """Start a new file: nothing staged, nothing written."""
         self.control[_ABORT] = self.control[_WRITTEN] = self.control[_STAGED] = 0

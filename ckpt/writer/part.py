@@ -22,6 +22,10 @@ THREADS = 2
 """Writing threads: one prepares while the other waits for the disk."""
 
 
+_POLL_S = 0.005
+"""How often a thread that waits for the rank looks: the rank needs the cores meanwhile."""
+
+
 class SaveAbortedError(RuntimeError):
     """The rank gave the save up or died before it had staged everything."""
 
@@ -128,7 +132,7 @@ def _write_chunks(size: int, fd: int, arena: Arena, storage: Storage, parent_ali
             if progress.error or arena.aborted or not parent_alive():
                 raise SaveAbortedError("the rank gave the save up, or died, before it had handed everything over")
             arena.tick()
-            time.sleep(0.001)
+            time.sleep(_POLL_S)
 
     def write() -> None:
         while (index := progress.take()) is not None:

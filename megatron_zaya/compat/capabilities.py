@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ckpt import native
+
 
 @dataclass(frozen=True)
 class Capability:
@@ -91,6 +93,12 @@ def detect() -> list[Capability]:
             "fused RMSNorm" if engine else "torch RMSNorm and attention",
         ),
         Capability("apex", apex is not None, apex or "not installed", "fused Adam" if apex else "torch Adam"),
+        Capability(
+            "checkpoint copies",
+            native.LIBRARY is not None,
+            "compiled" if native.LIBRARY else "not compiled",
+            "past the processor's cache" if native.LIBRARY else "libc's memmove: staging takes twice as long",
+        ),
         Capability(
             "transformers",
             _version("transformers") is not None,

@@ -229,6 +229,22 @@ def test_retention(make_checkpointer, policy, left):
     assert_equal(load(checkpointer, tensors())[0], tensors(7))
 
 
+@pytest.mark.parametrize(
+    ("policy", "read"),
+    [(Retention(), []), (Retention(keep_last=2, keep_every=2), [7, 6, 5, 3]), (Retention(keep_every=1), [7])],
+)
+def test_retention_reads_no_more_manifests_than_it_must(make_checkpointer, tmp_path, monkeypatch, policy, read):
+    from ckpt import retention
+
+    checkpointer, seen = make_checkpointer(), []
+    for iteration in (2, 3, 4, 5, 6, 7):
+        save(checkpointer, iteration, tensors(iteration))
+    check = retention.check_step
+    monkeypatch.setattr(retention, "check_step", lambda folder: seen.append(check(folder).iteration) or check(folder))
+    assert retention.prune(tmp_path / "steps", policy) == sorted(set(read) & {3, 5})
+    assert seen == read
+
+
 def test_retention_never_takes_the_last_good_step(make_checkpointer, tmp_path):
     from ckpt.retention import prune
 
