@@ -15,9 +15,10 @@ cpu        processor seconds of both ranks and all their helpers
 load       seconds to fill the same layout, the page cache emptied of the files before
 reshard    the same on one rank, which wants everything
 limits     in each round: O_DIRECT writes and reads of the same bytes by both ranks at once, the reads into memory in
-           small pages and in large ones (which direct input fills faster); memmove of the bytes that ours stages, by
-           both ranks at once, into memory that is there: as one block, and in blocks as large as the tensors (libc
-           bypasses the cache for the first, a third faster; a copy of tensors is of the second kind)
+           small pages and in large ones (which direct input fills faster); one memmove of as many bytes as ours
+           stages, by both ranks at once, into memory that is there: as a save finds it, the source just changed and the
+           target untouched since the round before (machines that age idle memory make that slower), and warm, the best
+           of three more
 """
 
 from __future__ import annotations
@@ -102,9 +103,9 @@ def measure_limits(world: Any, unique: int, buffers: tuple[Any, Any]) -> dict[st
     """Return the seconds that the machine needs at least, with all ranks at once."""
     import torch
 
-    from benchmarks.checkpointing.limits import TENSOR_BYTES, memcpy, raw_read, raw_write
+    from benchmarks.checkpointing.limits import memcpy, raw_read, raw_write
 
-    path, size = world.folder / f"raw{world.rank}", len(buffers[0])
+    path = world.folder / f"raw{world.rank}"
     torch.distributed.barrier()
     write_s = slowest(raw_write(path, unique // world.ranks))
     torch.distributed.barrier()
@@ -112,11 +113,12 @@ def measure_limits(world: Any, unique: int, buffers: tuple[Any, Any]) -> dict[st
     torch.distributed.barrier()
     read_large_pages_s = slowest(raw_read(path, large_pages=True))
     path.unlink()
-    copies = {}
-    for name, block in (("memcpy_s", size), ("memcpy_by_tensor_s", TENSOR_BYTES)):
-        torch.distributed.barrier()
-        copies[name] = min(slowest(memcpy(buffers, block)) for _ in range(3))
-    return {"write_s": write_s, "read_s": read_s, "read_large_pages_s": read_large_pages_s} | copies
+    come_to_rest()
+    buffers[0].add_(1)
+    torch.distributed.barrier()
+    memcpy_s, *warm = [slowest(memcpy(*buffers)) for _ in range(4)]
+    limits = {"write_s": write_s, "read_s": read_s, "read_large_pages_s": read_large_pages_s}
+    return limits | {"memcpy_s": memcpy_s, "memcpy_warm_s": min(warm)}
 
 
 def measure_saves(folder: str, names: list[str], rounds: int, big: int, budget_s: float) -> dict[str, Any]:

@@ -15,8 +15,6 @@ import torch
 from ckpt.storage import io_buffer
 
 BLOCK = 4 << 20
-TENSOR_BYTES = 3 << 20
-"""Size of most large tensors of the state."""
 
 
 def raw_write(path: Path, size: int) -> float:
@@ -43,13 +41,10 @@ def raw_read(path: Path, large_pages: bool = False) -> float:
     return time.monotonic() - start
 
 
-def memcpy(buffers: tuple[torch.Tensor, torch.Tensor], block: int) -> float:
-    """Return the seconds to copy one buffer to the other, both there, in blocks of so many bytes."""
-    source, target = buffers[0].data_ptr(), buffers[1].data_ptr()
-    size = len(buffers[0])
+def memcpy(source: torch.Tensor, target: torch.Tensor) -> float:
+    """Return the seconds to copy one buffer to the other, both of bytes that are there."""
     start = time.monotonic()
-    for at in range(0, size, block):
-        ctypes.memmove(target + at, source + at, min(block, size - at))
+    ctypes.memmove(target.data_ptr(), source.data_ptr(), len(source))
     return time.monotonic() - start
 
 
