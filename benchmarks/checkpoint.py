@@ -16,9 +16,9 @@ load       seconds to fill the same layout, the page cache emptied of the files 
 reshard    the same on one rank, which wants everything
 limits     in each round: O_DIRECT writes and reads of the same bytes by both ranks at once, the reads into memory in
            small pages and in large ones (which direct input fills faster); one memmove of as many bytes as ours
-           stages, by both ranks at once, into memory that is there: as a save finds it, the source just changed and the
-           target untouched since the round before (machines that age idle memory make that slower), and warm, the best
-           of three more
+           stages, by both ranks at once, into shared memory that is there, as every method's that leaves the writing to
+           another process: as a save finds it, the source just changed and the target untouched since the round before
+           (virtual machines may make idle memory slower), and warm, the best of three more
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def come_to_rest() -> None:
     time.sleep(REST_S)
 
 
-def measure_limits(world: Any, unique: int, buffers: tuple[Any, Any]) -> dict[str, float]:
+def measure_limits(world: Any, unique: int, source: Any, target: Any) -> dict[str, float]:
     """Return the seconds that the machine needs at least, with all ranks at once."""
     import torch
 
@@ -114,9 +114,9 @@ def measure_limits(world: Any, unique: int, buffers: tuple[Any, Any]) -> dict[st
     read_large_pages_s = slowest(raw_read(path, large_pages=True))
     path.unlink()
     come_to_rest()
-    buffers[0].add_(1)
+    source.add_(1)
     torch.distributed.barrier()
-    memcpy_s, *warm = [slowest(memcpy(*buffers)) for _ in range(4)]
+    memcpy_s, *warm = [slowest(memcpy(source, target)) for _ in range(4)]
     limits = {"write_s": write_s, "read_s": read_s, "read_large_pages_s": read_large_pages_s}
     return limits | {"memcpy_s": memcpy_s, "memcpy_warm_s": min(warm)}
 
@@ -129,16 +129,16 @@ def measure_saves(folder: str, names: list[str], rounds: int, big: int, budget_s
     from benchmarks.checkpointing.limits import cpu_seconds
     from benchmarks.checkpointing.methods import METHODS
     from benchmarks.checkpointing.state import change, make_state, sizes
+    from ckpt.writer.arena import Arena
 
     state = make_state(world.ranks, big)
     held, unique = sizes(state, world.ranks)
     methods = {name: METHODS[name](world) for name in names}
-    staged = unique // world.ranks
-    buffers = torch.ones(staged, dtype=torch.uint8), torch.zeros(staged, dtype=torch.uint8)
+    source, target = torch.ones(unique // world.ranks, dtype=torch.uint8), Arena.create(unique // world.ranks)
     figures: dict[str, list] = {name: [] for name in names}
     bounds = []
     for number in range(rounds + 1):
-        bound = measure_limits(world, unique, buffers)
+        bound = measure_limits(world, unique, source, target)
         if number:
             bounds.append(bound)
         for name, method in methods.items():

@@ -184,7 +184,8 @@ def measure(case: Case, options: argparse.Namespace, pg_collection: Any, device:
 
     losses = check_first_loss(ours, theirs, batch, precision)
     experts, tried = fastest_experts(theirs, batch, config)
-    ours.timed_step(*batch)  # as warm as theirs
+    for _ in range(3):  # as warm as theirs
+        ours.timed_step(*batch)
     times: dict[Side, list[float]] = {ours: [], theirs: []}
     for round_ in range(options.steps or case.steps):
         for side in (ours, theirs) if round_ % 2 == 0 else (theirs, ours):

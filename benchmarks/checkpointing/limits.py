@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from ckpt.storage import io_buffer
+from ckpt.writer.arena import Arena
 
 BLOCK = 4 << 20
 
@@ -41,10 +42,10 @@ def raw_read(path: Path, large_pages: bool = False) -> float:
     return time.monotonic() - start
 
 
-def memcpy(source: torch.Tensor, target: torch.Tensor) -> float:
-    """Return the seconds to copy one buffer to the other, both of bytes that are there."""
+def memcpy(source: torch.Tensor, target: Arena) -> float:
+    """Return the seconds to copy a buffer of bytes into shared memory that is there."""
     start = time.monotonic()
-    ctypes.memmove(target.data_ptr(), source.data_ptr(), len(source))
+    ctypes.memmove(target.address, source.data_ptr(), len(source))
     return time.monotonic() - start
 
 
