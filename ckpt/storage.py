@@ -73,6 +73,24 @@ class Storage(Protocol):
         """Return the entries of a folder, sorted; none if it is not there."""
 
 
+def make_in(storage: Storage, folder: Path, make: Callable[[], T]) -> T:
+    """Return what ``make`` makes in ``folder``, which is created before.
+
+    Another rank of the node that is done with a save may remove the folder, still empty, in between; then again.
+
+    Raises:
+        OSError: the disk refused, or the folder vanished time and again.
+    """
+    for _ in range(_ATTEMPTS):
+        storage.make_folder(folder)
+        with contextlib.suppress(FileNotFoundError):
+            return make()
+    return make()
+
+
+_ATTEMPTS = 10
+
+
 def _fallocate(fd: int, size: int) -> None:
     """Reserve room on the disk. Not posix_fallocate, which writes zeros where the file system cannot reserve."""
     if _libc.fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(size)):

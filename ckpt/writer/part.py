@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckpt.manifest import digest
-from ckpt.storage import Storage
+from ckpt.storage import Storage, make_in
 from ckpt.writer.arena import CHUNK_BYTES, Arena
 from ckpt.writer.record import Layout, Record, failure_name, file_name, part_name
 
@@ -60,8 +60,7 @@ def write_part(
         OSError: the disk refused.
         SaveAbortedError: the rank stopped staging.
     """
-    storage.make_folder(order.folder)
-    fd = storage.create(order.folder / order.file_name, order.size)
+    fd = make_in(storage, order.folder, lambda: storage.create(order.folder / order.file_name, order.size))
     try:
         chunks = _write_chunks(order.size, fd, arena, storage, parent_alive)
     except BaseException:

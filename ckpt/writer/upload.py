@@ -16,14 +16,14 @@ from ckpt.descriptors import Descriptors
 from ckpt.errors import CorruptCheckpointError
 from ckpt.manifest import digest, seal, unseal
 from ckpt.steps import is_leftover, partial_saves
-from ckpt.storage import ALIGNMENT, PosixStorage, Storage, io_buffer
+from ckpt.storage import ALIGNMENT, PosixStorage, Storage, io_buffer, make_in
 from ckpt.writer.record import commit_name, file_name, part_name, read_record
 
 
 def keep_commit(folder: Path, save_id: str, commit: dict[str, Any], storage: Storage) -> None:
     """Write down how a save is to be committed, so that it can be finished without the rank that began it."""
-    storage.make_folder(folder)
-    storage.write_small(folder / commit_name(save_id), seal("commit", commit))
+    text = seal("commit", commit)
+    make_in(storage, folder, lambda: storage.write_small(folder / commit_name(save_id), text))
 
 
 def read_commit(folder: Path, save_id: str) -> dict[str, Any] | None:

@@ -17,7 +17,7 @@ import torch
 
 from ckpt.checkpointer import Checkpointer
 from ckpt.steps import complete_iterations, partial_dir, partial_saves
-from ckpt.storage import PosixStorage
+from ckpt.storage import PosixStorage, make_in
 from ckpt.tiers import Found, found_under, recover, rescues
 from ckpt.writer.upload import upload
 from tests.ckpt.conftest import assert_equal, shards, tensors, zeros
@@ -91,6 +91,22 @@ def test_ranks_of_one_node_copy_side_by_side_and_the_first_ones_part_takes_the_c
     assert files(shared) == [name for name in everything if "00001" in name]
     upload(local, 0, "abcd-1", shared, PosixStorage())
     assert (files(local), files(shared)) == ([], everything)
+
+
+def test_a_folder_that_another_rank_removes_while_it_is_empty_is_made_again(tmp_path):
+    storage, folder, attempts = PosixStorage(), tmp_path / "node" / "save", []
+
+    def make() -> Path:
+        attempts.append(folder.exists())
+        if len(attempts) < 3:
+            folder.rmdir()
+        storage.write_small(folder / "record", b"")
+        return folder / "record"
+
+    assert make_in(storage, folder, make).exists()
+    assert attempts == [True] * 3
+    with pytest.raises(FileNotFoundError):
+        make_in(storage, folder, lambda: (folder / "missing" / "file").read_bytes())
 
 
 def node_rank(root: str, rank: int, local: str, pids, ready) -> None:
