@@ -41,6 +41,8 @@ class Arena:
         fd = os.memfd_create("ckpt-arena", os.MFD_CLOEXEC)
         os.ftruncate(fd, ALIGNMENT + capacity)
         arena = cls(fd, capacity)
+        with contextlib.suppress(OSError):  # the kernel gives shared memory large pages only if told to allow it
+            arena.memory.madvise(mmap.MADV_HUGEPAGE)
         ctypes.memset(arena.address, 0, capacity)
         return arena
 
