@@ -11,7 +11,7 @@ import importlib.util
 import numpy as np
 from numpy.typing import NDArray
 
-_ADDRESS, _SIZE = ctypes.c_void_p, ctypes.c_size_t
+_ADDRESS, _SIZE, _COUNT = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64
 
 
 def _library() -> ctypes.CDLL | None:
@@ -20,9 +20,7 @@ def _library() -> ctypes.CDLL | None:
         return None
     library = ctypes.CDLL(spec.origin)
     library.ckpt_copy.argtypes = [_ADDRESS, _ADDRESS, _SIZE]
-    library.ckpt_stage.argtypes = [
-        *(_ADDRESS, ctypes.c_int64, _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, ctypes.c_int64),
-    ]
+    library.ckpt_stage.argtypes = [_ADDRESS, _COUNT, _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _COUNT]
     library.ckpt_copy.restype = library.ckpt_stage.restype = None
     return library
 

@@ -20,8 +20,6 @@ from ckpt.writer.record import Layout, Record, failure_name, file_name, part_nam
 
 THREADS = 2
 """Writing threads: one prepares while the other waits for the disk."""
-
-
 _POLL_S = 0.005
 """How often a thread that waits for the rank looks: the rank needs the cores meanwhile."""
 

@@ -57,11 +57,10 @@ def upload(
     """
     record = read_record(local / part_name(rank, save_id))
     name, size = record.file["name"], record.file["bytes"]
-    storage.make_folder(folder)
     commit = read_commit(local, save_id) if rank == 0 else None
     if commit is not None:
         keep_commit(folder, save_id, commit, storage)
-    fd = storage.create(folder / name, size)
+    fd = make_in(storage, folder, lambda: storage.create(folder / name, size))
     try:
         _copy_chunks(local, record.file, fd, storage, tick)
     except BaseException:
