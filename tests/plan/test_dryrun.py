@@ -48,8 +48,8 @@ def test_peak_equals_what_the_allocator_saw(tmp_path, layout):
 def test_peak_over_real_gloo_is_within_ten_percent(tmp_path, layout):
     """Gloo copies whole buffers in its reduce-scatter and its transport allocates by itself: the bound is loose.
 
-    The lowest of three counts: once, on a busy machine, a peak was 28 % above the predicted one. The cause is not known;
-    buffers that live longer when the other rank is late would explain it.
+    The lowest of three counts: once, on a busy machine, a peak was 28 % above the predicted one. The cause is not
+    known; buffers that live longer when the other rank is late would explain it.
     """
     from megatron_zaya.plan.dryrun.run import dry_run
     from tests.plan.allocator import gloo_peaks
