@@ -67,12 +67,10 @@ def selected(options: argparse.Namespace) -> dict[int, dict[str, dict]]:
 
 def measure_rank(overrides: list[str], layouts: dict[str, dict], rounds: int, steps: int) -> dict[str, dict]:
     """Run on each rank: return for every layout its peak bytes, and its median step time in each round."""
-    from torch.profiler import ProfilerActivity, profile
-
     from launch.env import read_rank_env
     from megatron_zaya.config import load_config
     from megatron_zaya.train.setup import distributed_world
-    from tests.plan.allocator import held_bytes
+    from tests.plan.allocator import peak_bytes
 
     env = read_rank_env()
     configs = {
@@ -82,9 +80,7 @@ def measure_rank(overrides: list[str], layouts: dict[str, dict], rounds: int, st
     results: dict[str, dict] = {name: {"seconds": []} for name in layouts}
     with distributed_world(next(iter(configs.values())), env) as device:
         for name, config in configs.items():
-            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-                take_steps(config, env, device, 1)
-            results[name]["peak_bytes"] = held_bytes(profiler)["peak_bytes"]
+            results[name]["peak_bytes"] = peak_bytes(lambda config=config: take_steps(config, env, device, 1))
         for _ in range(rounds):
             for name, config in configs.items():
                 results[name]["seconds"].append(statistics.median(take_steps(config, env, device, steps)))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -37,22 +35,22 @@ def test_peak_equals_what_the_allocator_saw(tmp_path, layout):
         [*command, *overrides], capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=300
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    allocator = json.loads(done.stdout.splitlines()[-1])
+    allocator = int(done.stdout.splitlines()[-1])
 
     config = small_run(tmp_path, overrides)
     predicted = dry_run(config, world_size, rank, kernels="cpu").peak_bytes + kernel_workspace_bytes(config)
-    assert predicted == pytest.approx(allocator["peak_bytes"], rel=1e-3)
+    assert predicted == pytest.approx(allocator, rel=1e-3)
 
 
 @pytest.mark.parametrize("layout", ["pipeline", "tensor"])
-def test_peak_over_real_gloo_is_within_ten_percent(tmp_path, layout):
-    """Gloo copies whole buffers in its reduce-scatter and its transport allocates by itself: the bound is loose.
+def test_peak_over_real_gloo_is_at_most_six_percent_higher(tmp_path, layout):
+    """What is above: gloo's copy of the gradients in a reduce-scatter ("tensor", 5 %), operands that the CPU casts.
 
-    The lowest of three counts: once, on a busy machine, a peak was 28 % above the predicted one. The cause is not
-    known; buffers that live longer when the other rank is late would explain it.
+    On a busy machine the peak is the same to the byte (60 runs of each layout). With workers of gloo's that are slowed
+    down by 20 ms at the end of every collective, one buffer more (0.2 %) is there at the peak.
     """
     from megatron_zaya.plan.dryrun.run import dry_run
-    from tests.plan.allocator import gloo_peaks
+    from tests.plan.allocator import gloo_peak
     from tests.ranks import run_ranks
 
     overrides = {
@@ -62,13 +60,15 @@ def test_peak_over_real_gloo_is_within_ten_percent(tmp_path, layout):
     run_file = tmp_path / "small.yaml"
     run_file.write_text(yaml.safe_dump(SMALL))
     predicted = [dry_run(small_run(tmp_path, overrides), 2, rank, kernels="cpu").peak_bytes for rank in range(2)]
-    lowest = [math.inf, math.inf]
-    for _ in range(3):
-        peaks = [rank["peak_bytes"] for rank in run_ranks(gloo_peaks, 2, str(run_file), overrides)]
-        lowest = [min(pair) for pair in zip(lowest, peaks, strict=True)]
-        if predicted == pytest.approx(lowest, rel=0.1):
-            break
-    assert predicted == pytest.approx(lowest, rel=0.1)
+    for mine, real in zip(predicted, run_ranks(gloo_peak, 2, str(run_file), overrides), strict=True):
+        assert mine <= real <= 1.06 * mine
+
+
+def test_the_allocators_peak_knows_blocks_that_another_thread_freed():
+    from tests.plan.allocator import peak_of_blocks_freed_elsewhere
+    from tests.ranks import run_ranks
+
+    assert run_ranks(peak_of_blocks_freed_elsewhere, 1, 5, 1 << 20) == [1 << 20]
 
 
 def test_flops_are_two_per_weight_and_token_forward_and_four_backward(tmp_path):
