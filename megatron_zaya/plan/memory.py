@@ -158,7 +158,7 @@ def _stage_bytes(
     """Return what the layers of a virtual stage keep, by module, and the largest transient of a backward pass."""
     modules: dict[str, float] = {}
     largest = 0.0
-    rerun, group, stream = 0, 1, 0.0
+    rerun, group, stream, routing = 0, 1, 0.0, 0.0
     if layout.recompute == "full":
         block = layout.recompute_method == "block"
         rerun = min(layout.recompute_num_layers, len(layers)) if block else len(layers)
@@ -168,14 +168,19 @@ def _stage_bytes(
         inputs = stream + 2 * t.local * m.router_hidden_size
         # The first input is what the stage received or embedded.
         modules["inputs of recomputed layers"] = inputs * (-(-rerun // group) - 1) + 8 * t.local * rerun * m.is_zaya
+        if m.is_zaya and layout.ep * layout.etp > 1:  # every dispatcher holds its last maps, probabilities and rows
+            routing = (5 * m.num_moe_experts + 8) * t.local * rerun
     moe_layers = sum(m.is_moe_layer(index) for index in layers)
     kept_layers = len(layers) - rerun
     for is_moe, count in ((True, moe_layers), (False, len(layers) - moe_layers)):
         if not count:
             continue
         kept, transient = _layer_bytes(m, layout, t, options, is_moe)
-        again = sum(kept.values()) * group - stream if rerun else 0.0  # the last result is not needed again
-        largest = max(largest, transient + again)
+        if rerun:
+            # The last result is not needed again; all else is there when the residual scaling makes two gradients.
+            scaling = 2 * stream if m.is_zaya else 0.0
+            transient = max(transient, scaling) + routing + sum(kept.values()) * group - stream
+        largest = max(largest, transient)
         for name, size in kept.items():
             modules[name] = modules.get(name, 0.0) + size * count * kept_layers / len(layers)
     return modules, largest
@@ -192,6 +197,8 @@ def _chunk(m: ModelShape, layout: Layout, t: Tokens, options: Options, precision
     if is_last:
         footprint = head_footprint(m, layout, t, options)
         modules["head"], head = footprint.kept_bytes, footprint.transient
+        if layout.recompute == "full":  # it is gone; in the place of the norm's tensors is a gradient
+            backward -= footprint.kept.get("gathered input of the head", 0.0)
     crossing = boundary_bytes(m, t, precision) if layout.stages > 1 else 0.0
     wide = 4 if m.fp32_residual_connection else 2
     stream = wide * t.local * m.hidden_size

@@ -25,6 +25,16 @@ CASES: dict[str, tuple[int, int, list[str]]] = {
     "data parallel, 4 sequences": (8, 0, ["schedule.micro_batch_size=4", "schedule.global_batch_size=32"]),
     "experts over a node": (1024, 777, [*EP8, "schedule.micro_batch_size=2", "schedule.global_batch_size=2048"]),
     "tensor and expert": (8, 3, [*TP2, "parallel.expert_model_parallel_size=4", "schedule.global_batch_size=4"]),
+    "full recomputation, 8 sequences": (
+        16,
+        0,
+        [
+            *EP8,
+            "parallel.recompute_granularity=full",
+            "schedule.micro_batch_size=8",
+            "schedule.global_batch_size=128",
+        ],
+    ),
     "pipeline, first": (64, 0, [*PP4, *EP8, "model.num_layers=4"]),
     "pipeline, middle": (64, 16, [*PP4, *EP8, "model.num_layers=4"]),
     "pipeline, last": (64, 48, [*PP4, *EP8, "model.num_layers=4"]),
