@@ -118,6 +118,20 @@ def sorting_bytes(m: ModelShape, layout: Layout, t: Tokens) -> float:
     return 2 * (2 + 2) * t.experts * m.hidden_size
 
 
+def expert_bias_bytes(m: ModelShape, t: Tokens) -> tuple[float, float]:
+    """Return what passes over the experts' outputs read and write to add their biases, forward and backward.
+
+    Megatron-Core (`TEGroupedMLP._apply_bias`) adds the second product's bias, times the fp32 probability of each row,
+    outside the product, kernel by kernel. Bytes per element, forward: bias times probability (writes 4), sum (2 + 4,
+    writes 4), experts joined (4 + 4), cast (4 + 2). Backward: cast (2 + 4), cast of the rows' gradient (4 + 2), experts
+    joined (2 + 2), and twice, for bias and probability, a product (4 + 4) and its sum (4).
+    """
+    if not m.add_bias_linear:
+        return 0.0, 0.0
+    elements = t.experts * m.hidden_size
+    return 28 * elements, 40 * elements
+
+
 def layer_work(
     m: ModelShape, layout: Layout, batch: Batch, device: Accelerator, network: Network, assume: Assumptions,
     options: Options, is_moe: bool,
@@ -139,7 +153,9 @@ def layer_work(
     kept = sum([f.kept_bytes for f in layer_footprints(m, layout, t, options, m.num_layers if is_moe else 0).values()])
     passes = device.traffic_s(assume.passes_per_tensor * kept)
     sorting = device.traffic_s(sorting_bytes(m, layout, t)) if is_moe else 0.0
-    work.forward["memory passes"], work.backward["memory passes"] = passes + sorting, 2 * passes + sorting
+    biases = [device.traffic_s(size) if is_moe else 0.0 for size in expert_bias_bytes(m, t)]
+    work.forward["memory passes"] = passes + sorting + biases[0]
+    work.backward["memory passes"] = 2 * passes + sorting + biases[1]
     if m.is_zaya:
         weights = layer_parameters(m, layout, m.num_layers if is_moe else 0).total
         work.backward["gradient accumulation"] = device.traffic_s(weights * (2 + 4 + 4))

@@ -10,7 +10,14 @@ import pytest
 from megatron_zaya.config import load_config
 from megatron_zaya.plan.activations import Options, Tokens
 from megatron_zaya.plan.hardware import Network, accelerator
-from megatron_zaya.plan.layer_time import Assumptions, StageTime, sorting_bytes, stage_times
+from megatron_zaya.plan.layer_time import (
+    Assumptions,
+    StageTime,
+    expert_bias_bytes,
+    layer_time,
+    sorting_bytes,
+    stage_times,
+)
 from megatron_zaya.plan.memory import plan_memory
 from megatron_zaya.plan.muon import muon_s
 from megatron_zaya.plan.pipeline_time import simulate
@@ -51,6 +58,22 @@ def test_rows_are_sorted_only_where_a_rank_has_several_experts_and_rows_of_other
         layout = Layout(world_size=16, ep=ep)
         t = Tokens.of(model, layout, batch, 1.0)
         assert sorting_bytes(model, layout, t) == passes * 2 * t.experts * model.hidden_size
+
+
+def test_biases_of_experts_are_passes_over_their_outputs():
+    plain = replace(model_of(load_config(ZAYA1)), attention="gqa", router_hidden_size=0, moe_router_topk=4)
+    biased, device, batch = replace(plain, add_bias_linear=True), accelerator("H100"), Batch(4096, 4, 32)
+    layout = Layout(world_size=8, ep=8)
+    t = Tokens.of(biased, layout, batch, 1.0)
+    forward, backward = expert_bias_bytes(biased, t)
+    assert (forward, backward) == (28 * t.experts * biased.hidden_size, 40 * t.experts * biased.hidden_size)
+    assert expert_bias_bytes(plain, t) == (0.0, 0.0)
+    without, with_them = (
+        layer_time(m, layout, batch, device, Network.of(device), Assumptions(), Options(), True)
+        for m in (plain, biased)
+    )
+    more = with_them.backward["memory passes"] - without.backward["memory passes"]
+    assert more == pytest.approx(device.traffic_s(backward))
 
 
 def test_small_buckets_suit_few_ranks_and_large_ones_many():

@@ -37,6 +37,12 @@ def test_dense_models_that_nothing_was_fitted_to_are_within_six_percent():
     assert all(c.source for c in found)
 
 
+def test_a_mixture_with_few_large_experts_is_within_nine_percent_from_8_to_2048_gpus():
+    grok = [c for c in compare(HELD_OUT) if c.point.startswith("Grok")]
+    assert len(grok) == 9
+    assert all(abs(c.error) < 0.09 for c in grok)
+
+
 def test_points_of_others_are_taken_and_mistakes_named(tmp_path):
     text = POINTS.read_text()
     mine = tmp_path / "points.yaml"
