@@ -49,7 +49,7 @@ test: setup  ## the whole test-suite
 	tools/install_apt_packages.sh
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(TWO_AT_A_TIME)
 
-test-soak: setup  ## the long tests too: every layout, 1,024 Slurm tasks, 200 crash points (half an hour)
+test-soak: setup  ## the long tests too: every layout, more resharding pairs, 1,024 Slurm tasks (half an hour)
 	tools/install_apt_packages.sh
 	OMP_NUM_THREADS=1 $(BIN)/pytest --soak $(TWO_AT_A_TIME)
 

@@ -167,7 +167,7 @@ def pin(arena: Arena) -> Tensor | None:
     """Register the ring with the accelerator, so that it copies straight into it; None without an accelerator."""
     if not torch.cuda.is_available():
         return None
-    ring = torch.frombuffer(arena.memory, dtype=torch.uint8)[-arena.capacity :]
+    ring = torch.frombuffer(arena.memory, dtype=torch.uint8, count=arena.capacity, offset=arena.ring_begin)
     torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(ring.data_ptr(), ring.numel(), 0))
     return ring
 

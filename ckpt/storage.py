@@ -20,7 +20,7 @@ T = TypeVar("T")
 ALIGNMENT = 4096
 """Bytes; what direct input and output asks of addresses, offsets and lengths."""
 
-_LARGE_PAGE = 2 << 20
+LARGE_PAGE = 2 << 20
 _NOT_SUPPORTED = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
 
@@ -30,7 +30,7 @@ def io_buffer(size: int) -> mmap.mmap:
     The kernel pins and maps every page of a direct transfer; a chunk in small pages is a thousand of them.
     """
     private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # shared memory gets no large pages by default
-    buffer = mmap.mmap(-1, -(-size // _LARGE_PAGE) * _LARGE_PAGE, flags=private)
+    buffer = mmap.mmap(-1, -(-size // LARGE_PAGE) * LARGE_PAGE, flags=private)
     with contextlib.suppress(OSError):
         buffer.madvise(mmap.MADV_HUGEPAGE)
     return buffer
