@@ -293,12 +293,11 @@ async def _requeue_if_orphaned(host: str, folder: Path) -> None:
     job_id = os.environ.get("SLURM_JOB_ID")
     if not job_id or not shutil.which("scontrol"):
         return
-    process = await asyncio.create_subprocess_exec(
-        "scontrol", "requeue", job_id, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
-    )
-    said = (await process.communicate())[0].decode(errors="replace").strip()
     with (folder / "agents.log").open("a", encoding="utf-8") as file:  # srun, which carried our output, may be gone
-        file.write(f"zaya agent on {host}: the controller is gone; requeueing job {job_id} {said}\n")
+        # Said before it is done: the requeue ends this agent too.
+        print(f"zaya agent on {host}: the controller is gone; requeueing job {job_id}", file=file, flush=True)
+        process = await asyncio.create_subprocess_exec("scontrol", "requeue", job_id, stdout=file, stderr=file)
+        await process.wait()
 
 
 def main() -> int:

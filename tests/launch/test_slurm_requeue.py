@@ -143,9 +143,10 @@ def test_the_death_of_the_batch_host_requeues_the_job(headless):
     headless.wait("training")
     host = headless.field("BatchHost")
     cluster.crash_node(host)
-    cluster.run(["scontrol", "update", f"nodename={host}", "state=down", "reason=test"])
+    log = headless.folder / "agents.log"
+    wait(lambda: "requeueing job" in log.read_text(), "word of the agents", diagnose=lambda: output(headless.folder))
+    cluster.run(["scontrol", "update", f"nodename={host}", "state=down", "reason=test"])  # or its steps never end
     wait(lambda: headless.field("Restarts") == "1", "requeue", diagnose=lambda: output(headless.folder))
-    assert "requeueing job" in (headless.folder / "agents.log").read_text()
     cluster.reboot_node(host)
     assert headless.end() == "COMPLETED", output(headless.folder)
     assert headless.events("job_finished")[0]["iteration"] == ITERATIONS
