@@ -6,39 +6,51 @@
 A step is forward, backward and torch.optim.AdamW, without clipping. Both sides get the same architecture, weights,
 batch, loss and optimizer settings; their first losses must agree, or the benchmark stops.
 
-How to read it. The steps alternate in one process (ours, theirs, theirs, ours, ...), so that whatever else the
-machine does falls on both; `ratio` is the median over rounds of (their time / our time) and is the figure to trust
-on a noisy machine, `ratio_quartiles` its spread. Tokens per second are batch * seq / median step time and depend on
-the machine. The peer runs at its best: each of transformers' expert implementations is tried first and the fastest
-one is measured (`experts`), with torch's fused attention (sdpa). On both sides the model is not compiled. Use
-`--threads 1` to compare two versions of the code.
+How to read it. Each side has a process of its own, as its users have it, so that neither finds memory that the other
+left behind: transformers is started plainly, ours as our training starts, which on a CPU tells the C library's
+allocator to keep freed memory (megatron_zaya/compat/host_memory.py). The steps alternate, one process at a time and in
+a different order each round, so that whatever else the machine does falls on all; `ratio` is the median over rounds of
+(their time / our time) and is the figure to trust on a noisy machine, `ratio_quartiles` its spread. On a CPU a third
+process runs transformers with our setting of the allocator: `ratio_same_allocator` is what is left of the ratio then,
+the part that is the model's. Tokens per second are batch * seq / median step time and depend on the machine. The peer
+runs at its best: each of transformers' expert implementations is tried first and the fastest one is measured
+(`experts`), with torch's fused attention (sdpa). On no side is the model compiled. Use `--threads 1` to compare two
+versions of the code.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
-from megatron_zaya.compat import cpu, quiet_megatron
+from megatron_zaya.compat.host_memory import keep_freed_memory
 from megatron_zaya.config import RunConfig, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+OURS, THEIRS, THEIRS_TUNED = "ours", "transformers", "transformers_same_allocator"
 EXPERT_IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 ADAMW = dict(lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=True)
 BATCHED_LIMIT_BYTES = 4 << 30
+WEIGHTS = "model.safetensors"
 LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
 
 
@@ -72,95 +84,182 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-class Side:
-    """One implementation with its optimizer."""
+@dataclass(frozen=True)
+class Run:
+    """What every side is given."""
 
-    def __init__(self, model: torch.nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor]) -> None:
-        self.model, self.loss_of = model, loss_of
+    config: RunConfig
+    precision: str
+    device: torch.device
+    size: int
+    seq: int
+    threads: int | None
+    folder: Path
+    """Where ours leaves its weights for the others."""
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        """Return tokens and labels [size, seq]; equal in every process."""
+        generator = torch.Generator().manual_seed(1)
+        stream = torch.randint(0, self.config.model.vocab_size, (self.size, self.seq + 1), generator=generator)
+        stream = stream.to(self.device)
+        return stream[:, :-1].contiguous(), stream[:, 1:].contiguous()
+
+    def batched_experts_bytes(self) -> int:
+        """Return what transformers' "batched_mm" keeps for the backward pass: a copy of its expert for each token."""
+        model = self.config.model
+        values = self.size * self.seq * model.num_layers * 3 * model.moe_ffn_hidden_size * model.hidden_size
+        return values * DTYPES[self.precision].itemsize
+
+
+class Side:
+    """One implementation with its optimizer and its batch; what the parent process calls by name."""
+
+    def __init__(self, model: torch.nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], run: Run) -> None:
+        self.model, self.loss_of, self.run = model, loss_of, run
+        self.batch = run.batch()
         self.optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
 
-    def step(self, tokens: Tensor, labels: Tensor) -> Tensor:
+    def step(self) -> float:
         """Run one training step and return its loss."""
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.loss_of(tokens, labels)
+        loss = self.loss_of(*self.batch)
         loss.backward()
         self.optimizer.step()
-        return loss.detach()
+        return loss.item()
 
-    def timed_step(self, tokens: Tensor, labels: Tensor) -> float:
-        """Return the seconds of one step."""
-        if tokens.is_cuda:
-            torch.cuda.synchronize()
+    def timed_step(self) -> float:
+        """Return the seconds of one step; reading its loss waits for the device."""
         start = time.perf_counter()
-        self.step(tokens, labels)
-        if tokens.is_cuda:
+        self.step()
+        if self.run.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
+    def parameters(self) -> int:
+        """Return the number of parameters."""
+        return sum(p.numel() for p in self.model.parameters())
 
-def build_sides(config: RunConfig, pg_collection: Any, device: torch.device) -> tuple[Side, Side]:
-    """Return ours and transformers' model with equal weights: our initialisation, through the conversion table."""
-    from transformers import ZayaForCausalLM
+    def use_experts(self, name: str) -> None:
+        """Select transformers' implementation of the experts."""
+        self.model.set_experts_implementation(name)
 
+    def fastest_experts(self) -> tuple[str, dict[str, float | None]]:
+        """Select transformers' fastest expert implementation here; return it and each one's best step time.
+
+        None stands for one that fails here, or whose memory would be out of all proportion.
+        """
+        tried: dict[str, float | None] = {}
+        for name in EXPERT_IMPLEMENTATIONS:
+            tried[name] = None
+            if name == "batched_mm" and self.run.batched_experts_bytes() > BATCHED_LIMIT_BYTES:
+                continue
+            self.use_experts(name)
+            try:
+                tried[name] = min(self.timed_step() for _ in range(3))
+            except (RuntimeError, NotImplementedError):
+                continue
+        best = min((seconds, name) for name, seconds in tried.items() if seconds is not None)[1]
+        self.use_experts(best)
+        return best, tried
+
+
+@contextlib.contextmanager
+def our_side(run: Run) -> Iterator[Side]:
+    """Build ours as our training does, and leave its weights and configuration in transformers' format."""
+    from megatron_zaya.compat import cpu, quiet_megatron
+
+    quiet_megatron()
+    if cpu.install():
+        keep_freed_memory()
+    from megatron_zaya.config.sections import ParallelConfig
     from megatron_zaya.convert.in_memory import to_hf
     from megatron_zaya.model.init import initialise
-    from megatron_zaya.model.transformer_config import DTYPES
+    from megatron_zaya.parallel.groups import build_process_groups
 
     sys.path.insert(0, str(ROOT))  # for the tests' model builders, when run as a script
     from tests.model.small import hf_config, our_model
 
-    dtype = DTYPES[config.run.precision]
-    ours = our_model(config, pg_collection, dtype).to(device).train()
-    initialise(ours, ours.config, config.run.seed)
-    theirs = ZayaForCausalLM(hf_config(config)).to(device=device, dtype=dtype).train()
-    theirs.set_attn_implementation("sdpa")
-    state = {ours.global_name(name): tensor for name, tensor in ours.state_dict().items() if tensor is not None}
-    missing = theirs.load_state_dict(to_hf(state, config.model), strict=False).missing_keys
-    assert set(missing) <= {"lm_head.weight"}, missing  # tied
+    backend = "nccl" if run.device.type == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        pg_collection = build_process_groups(ParallelConfig(), seed=1234)
+        ours = our_model(run.config, pg_collection, DTYPES[run.precision]).to(run.device).train()
+        initialise(ours, ours.config, run.config.run.seed)
+        state = {ours.global_name(name): tensor for name, tensor in ours.state_dict().items() if tensor is not None}
+        state = {name: tensor.contiguous() for name, tensor in to_hf(state, run.config.model).items()}
+        safetensors.torch.save_file(state, run.folder / WEIGHTS)
+        hf_config(run.config).save_pretrained(run.folder)
+        yield Side(ours, lambda tokens, labels: ours(tokens, labels=labels).mean(), run)
+    finally:
+        torch.distributed.destroy_process_group()
 
-    def their_loss(tokens: Tensor, labels: Tensor) -> Tensor:
+
+@contextlib.contextmanager
+def their_side(run: Run) -> Iterator[Side]:
+    """Build transformers' model with the weights that `our_side` left, in a process that has nothing of ours."""
+    from transformers import ZayaConfig, ZayaForCausalLM
+
+    theirs = ZayaForCausalLM(ZayaConfig.from_pretrained(run.folder)).to(run.device, DTYPES[run.precision]).train()
+    theirs.set_attn_implementation("sdpa")
+    missing = theirs.load_state_dict(safetensors.torch.load_file(run.folder / WEIGHTS), strict=False).missing_keys
+    assert set(missing) <= {"lm_head.weight"}, missing  # tied
+    theirs.set_experts_implementation("eager")
+
+    def loss_of(tokens: Tensor, labels: Tensor) -> Tensor:
         return theirs(tokens, labels=labels, shift_labels=labels, use_cache=False).loss
 
-    return Side(ours, lambda tokens, labels: ours(tokens, labels=labels).mean()), Side(theirs, their_loss)
+    yield Side(theirs, loss_of, run)
 
 
-def batched_experts_bytes(config: RunConfig, tokens: int) -> int:
-    """Return what transformers' "batched_mm" keeps for the backward pass: a copy of its expert for each token."""
-    model = config.model
-    bytes_per_value = 2 if config.run.precision == "bf16" else 4
-    return tokens * model.num_layers * 3 * model.moe_ffn_hidden_size * model.hidden_size * bytes_per_value
+def serve(connection: Connection, name: str, run: Run) -> None:
+    """Run side ``name`` in this process: answer each (method, arguments) with its result until None comes."""
+    if run.threads:
+        torch.set_num_threads(run.threads)
+    if name == THEIRS_TUNED:
+        keep_freed_memory()
+    with our_side(run) if name == OURS else their_side(run) as side:
+        connection.send("ready")
+        while (call := connection.recv()) is not None:
+            method, arguments = call
+            connection.send(getattr(side, method)(*arguments))
 
 
-def fastest_experts(
-    theirs: Side, batch: tuple[Tensor, Tensor], config: RunConfig
-) -> tuple[str, dict[str, float | None]]:
-    """Select transformers' fastest expert implementation here; return it and each one's best step time.
+class Worker:
+    """The process of one side."""
 
-    None stands for one that fails here, or whose memory would be out of all proportion.
-    """
-    tried: dict[str, float | None] = {}
-    for name in EXPERT_IMPLEMENTATIONS:
-        tried[name] = None
-        if name == "batched_mm" and batched_experts_bytes(config, batch[0].numel()) > BATCHED_LIMIT_BYTES:
-            continue
-        theirs.model.set_experts_implementation(name)
+    def __init__(self, name: str, run: Run) -> None:
+        self.name = name
+        self.connection, theirs = multiprocessing.Pipe()
+        self.process = multiprocessing.get_context("spawn").Process(target=serve, args=(theirs, name, run), daemon=True)
+        self.process.start()
+        theirs.close()
+        self._answer()
+
+    def __call__(self, method: str, *arguments: Any) -> Any:
+        self.connection.send((method, arguments))
+        return self._answer()
+
+    def _answer(self) -> Any:
         try:
-            tried[name] = min(theirs.timed_step(*batch) for _ in range(3))
-        except (RuntimeError, NotImplementedError):
-            continue
-    best = min((seconds, name) for name, seconds in tried.items() if seconds is not None)[1]
-    theirs.model.set_experts_implementation(best)
-    return best, tried
+            return self.connection.recv()
+        except EOFError:
+            self.process.join()
+            sys.exit(f"the process of {self.name} ended (exit status {self.process.exitcode}); see above for why")
+
+    def close(self) -> None:
+        """End the process."""
+        if self.process.is_alive():
+            self.connection.send(None)
+        self.process.join()
 
 
-def check_first_loss(ours: Side, theirs: Side, batch: tuple[Tensor, Tensor], precision: str) -> dict[str, float]:
-    """Run step 1 of both and return its losses; they must agree, or the two sides do different work."""
-    theirs.model.set_experts_implementation("eager")
-    a, b = ours.step(*batch).item(), theirs.step(*batch).item()
-    difference = abs(a / b - 1)
+def check_first_loss(workers: dict[str, Worker], precision: str) -> dict[str, float]:
+    """Run step 1 of every side and return its losses; they must agree, or the sides do different work."""
+    losses = {name: worker("step") for name, worker in workers.items()}
+    difference = max(abs(losses[OURS] / loss - 1) for loss in losses.values())
     if difference > LOSS_TOLERANCE[precision]:
-        sys.exit(f"the first losses differ: ours {a:.6f}, transformers' {b:.6f}; the work is not the same")
-    return {"ours": a, "transformers": b, "relative_difference": difference}
+        sys.exit(f"the first losses differ: {losses}; the work is not the same")
+    return losses | {"relative_difference": difference}
 
 
 def summary(times: list[float], tokens: int) -> dict[str, float]:
@@ -172,38 +271,51 @@ def summary(times: list[float], tokens: int) -> dict[str, float]:
     }
 
 
-def measure(case: Case, options: argparse.Namespace, pg_collection: Any, device: torch.device) -> dict[str, Any]:
+def alternate(workers: dict[str, Worker], rounds: int) -> dict[str, list[float]]:
+    """Return the step times of each side; another one begins each round."""
+    times: dict[str, list[float]] = {name: [] for name in workers}
+    names = list(workers)
+    for round_ in range(rounds):
+        first = round_ % len(names)
+        for name in names[first:] + names[:first]:
+            times[name].append(workers[name]("timed_step"))
+    return times
+
+
+def ratio_of(times: list[float], ours: list[float], suffix: str = "") -> dict[str, Any]:
+    ratios = [b / a for a, b in zip(ours, times, strict=True)]
+    quartiles = statistics.quantiles(ratios, n=4)
+    return {f"ratio{suffix}": statistics.median(ratios), f"ratio{suffix}_quartiles": [quartiles[0], quartiles[2]]}
+
+
+def measure(case: Case, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Return the figures of one architecture."""
     precision = options.dtype or ("bf16" if device.type == "cuda" else "fp32")
     config = load_config(ROOT / "configs" / case.file, [f"run.precision={precision}", *options.set])
     size, seq = options.batch or case.batch, options.seq or case.seq
-    ours, theirs = build_sides(config, pg_collection, device)
-    generator = torch.Generator().manual_seed(1)
-    stream = torch.randint(0, config.model.vocab_size, (size, seq + 1), generator=generator).to(device)
-    batch = stream[:, :-1].contiguous(), stream[:, 1:].contiguous()
-
-    losses = check_first_loss(ours, theirs, batch, precision)
-    experts, tried = fastest_experts(theirs, batch, config)
-    for _ in range(3):  # as warm as theirs
-        ours.timed_step(*batch)
-    times: dict[Side, list[float]] = {ours: [], theirs: []}
-    for round_ in range(options.steps or case.steps):
-        for side in (ours, theirs) if round_ % 2 == 0 else (theirs, ours):
-            times[side].append(side.timed_step(*batch))
-    ratios = [b / a for a, b in zip(times[ours], times[theirs], strict=True)]
-    quartiles = statistics.quantiles(ratios, n=4)
-    return {
-        "parameters": sum(p.numel() for p in ours.model.parameters()),
-        "batch": size,
-        "seq": seq,
-        "dtype": precision,
-        "steps": len(ratios),
-        "loss": losses,
-        "ours": summary(times[ours], size * seq),
-        "transformers": summary(times[theirs], size * seq) | {"experts": experts, "experts_step_s": tried},
-        "ratio": statistics.median(ratios),
-        "ratio_quartiles": [quartiles[0], quartiles[2]],
-    }
+    names = [OURS, THEIRS] + [THEIRS_TUNED] * (device.type == "cpu")
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        run = Run(config, precision, device, size, seq, options.threads, Path(folder))
+        workers = {}
+        for name in names:  # one after the other: the first leaves its weights for the others
+            workers[name] = Worker(name, run)
+            stack.callback(workers[name].close)
+        losses = check_first_loss(workers, precision)
+        experts, tried = workers[THEIRS]("fastest_experts")
+        for name in names[2:]:
+            workers[name]("use_experts", experts)
+        for name in names:
+            for _ in range(3):
+                workers[name]("timed_step")
+        times = alternate(workers, options.steps or case.steps)
+        parameters = workers[OURS]("parameters")
+    sides = {name: summary(times[name], size * seq) for name in names}
+    sides[THEIRS] |= {"experts": experts, "experts_step_s": tried}
+    figures = {"parameters": parameters, "batch": size, "seq": seq, "dtype": precision, "steps": len(times[OURS])}
+    figures |= {"loss": losses} | sides | ratio_of(times[THEIRS], times[OURS])
+    if THEIRS_TUNED in times:
+        figures |= ratio_of(times[THEIRS_TUNED], times[OURS], "_same_allocator")
+    return figures
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
@@ -224,41 +336,32 @@ def print_table(result: dict[str, Any]) -> None:
     print(f"{'model':6} {'batch':>9} {'dtype':5} {'ours tok/s':>11} {'theirs tok/s':>13} {'ratio':>6}  quartiles")
     for name, figures in result["models"].items():
         low, high = figures["ratio_quartiles"]
+        same = f"{figures['ratio_same_allocator']:.2f}" if "ratio_same_allocator" in figures else "-"
         print(
             f"{name:6} {figures['batch']:>3} x{figures['seq']:>4} {figures['dtype']:5} "
             f"{figures['ours']['tokens_per_s']:11.0f} {figures['transformers']['tokens_per_s']:13.0f} "
-            f"{figures['ratio']:6.2f}  {low:.2f}-{high:.2f}   theirs: {figures['transformers']['experts']} experts; "
+            f"{figures['ratio']:6.2f}  {low:.2f}-{high:.2f}   "
+            f"same allocator: {same}   theirs: {figures['transformers']['experts']} experts; "
             f"first loss {figures['loss']['ours']:.5f} and {figures['loss']['transformers']:.5f}"
         )
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     options = parse(argv)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("--device cuda: torch sees no accelerator; use --device cpu")
     if options.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    quiet_megatron()
-    cpu.install()
-    if options.device == "cuda" and not cpu.has_accelerator():
-        sys.exit("--device cuda: torch sees no accelerator; use --device cpu")
     if options.threads:
         torch.set_num_threads(options.threads)
-    from megatron_zaya.config.sections import ParallelConfig
-    from megatron_zaya.parallel.groups import build_process_groups
-
-    device = cpu.device()
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        pg_collection = build_process_groups(ParallelConfig(), seed=1234)
-        names = list(CASES) if options.model == "all" else [options.model]
-        result = {
-            "benchmark": "train_step",
-            "machine": describe_machine(device),
-            "versions": {name: version(name) for name in ("torch", "megatron-core", "transformers")},
-            "models": {name: measure(CASES[name], options, pg_collection, device) for name in names},
-        }
-    finally:
-        torch.distributed.destroy_process_group()
+    device = torch.device("cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
+    names = list(CASES) if options.model == "all" else [options.model]
+    result = {
+        "benchmark": "train_step",
+        "machine": describe_machine(device),
+        "versions": {name: version(name) for name in ("torch", "megatron-core", "transformers")},
+        "models": {name: measure(CASES[name], options, device) for name in names},
+    }
     print(json.dumps(result)) if options.json else print_table(result)
     return result
 

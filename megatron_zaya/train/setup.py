@@ -22,6 +22,7 @@ from ckpt.checkpointer import Checkpointer
 from ckpt.retention import Retention
 from ckpt.tiers import recover
 from megatron_zaya.compat import cpu
+from megatron_zaya.compat.host_memory import keep_freed_memory
 from megatron_zaya.config import RunConfig, dump_config
 from megatron_zaya.data.datasets import Datasets, build_datasets, order_fingerprint
 from megatron_zaya.data.sampler import ResumableSampler, build_dataloader
@@ -60,7 +61,8 @@ if TYPE_CHECKING:
 @contextlib.contextmanager
 def distributed_world(config: RunConfig, env: RankContext) -> Iterator[torch.device]:
     """Join the job's world for the duration of the block; yield the device of this rank."""
-    cpu.install()
+    if cpu.install():
+        keep_freed_memory()
     accelerator = cpu.has_accelerator()
     if accelerator:
         torch.cuda.set_device(env.device_index)
