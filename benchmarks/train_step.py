@@ -8,8 +8,8 @@ batch, loss and optimizer settings; their first losses must agree, or the benchm
 
 How to read it. Each side has a process of its own, as its users have it, so that neither finds memory that the other
 left behind: transformers is started plainly, ours as our training starts, which on a CPU tells the C library's
-allocator to keep freed memory (megatron_zaya/compat/host_memory.py). The steps alternate, one process at a time and in
-a different order each round, so that whatever else the machine does falls on all; `ratio` is the median over rounds of
+allocator to keep freed memory (megatron_zaya/compat/host_memory.py). The sides take turns of one or more steps, in
+another order each round, so that whatever else the machine does falls on all; `ratio` is the median over rounds of
 (their time / our time) and is the figure to trust on a noisy machine, `ratio_quartiles` its spread. On a CPU a third
 process runs transformers with our setting of the allocator: `ratio_same_allocator` is what is left of the ratio then,
 the part that is the model's. Tokens per second are batch * seq / median step time and depend on the machine. The peer
@@ -56,24 +56,26 @@ LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
 
 @dataclass(frozen=True)
 class Case:
-    """One architecture and its default size: small enough that both models take under 3 minutes on 2 cores."""
+    """One architecture and its default size: small enough that both models take some minutes on 2 cores."""
 
     file: str
     batch: int
     seq: int
+    rounds: int
     steps: int
+    """Steps of a side in a round: enough that the change of process at its beginning does not count."""
 
 
 CASES = {
-    "small": Case("smoke_cpu.yaml", batch=4, seq=256, steps=20),
-    "100m": Case("zaya_100m.yaml", batch=2, seq=1024, steps=12),
+    "small": Case("smoke_cpu.yaml", batch=4, seq=256, rounds=20, steps=8),
+    "100m": Case("zaya_100m.yaml", batch=2, seq=1024, rounds=10, steps=2),
 }
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=[*CASES, "all"], default="all")
-    parser.add_argument("--steps", type=int, help="measured rounds, one step of each side per round")
+    parser.add_argument("--rounds", type=int, help="measured rounds; in each, every side has its turn")
     parser.add_argument("--batch", type=int)
     parser.add_argument("--seq", type=int, help="sequence length in tokens")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
@@ -127,13 +129,14 @@ class Side:
         self.optimizer.step()
         return loss.item()
 
-    def timed_step(self) -> float:
-        """Return the seconds of one step; reading its loss waits for the device."""
+    def timed_steps(self, steps: int) -> float:
+        """Return the seconds per step of ``steps`` steps."""
         start = time.perf_counter()
-        self.step()
+        for _ in range(steps):
+            self.step()
         if self.run.device.type == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - start
+        return (time.perf_counter() - start) / steps
 
     def parameters(self) -> int:
         """Return the number of parameters."""
@@ -155,7 +158,7 @@ class Side:
                 continue
             self.use_experts(name)
             try:
-                tried[name] = min(self.timed_step() for _ in range(3))
+                tried[name] = min(self.timed_steps(1) for _ in range(3))
             except (RuntimeError, NotImplementedError):
                 continue
         best = min((seconds, name) for name, seconds in tried.items() if seconds is not None)[1]
@@ -271,14 +274,14 @@ def summary(times: list[float], tokens: int) -> dict[str, float]:
     }
 
 
-def alternate(workers: dict[str, Worker], rounds: int) -> dict[str, list[float]]:
+def alternate(workers: dict[str, Worker], rounds: int, steps: int) -> dict[str, list[float]]:
     """Return the step times of each side; another one begins each round."""
     times: dict[str, list[float]] = {name: [] for name in workers}
     names = list(workers)
     for round_ in range(rounds):
         first = round_ % len(names)
         for name in names[first:] + names[:first]:
-            times[name].append(workers[name]("timed_step"))
+            times[name].append(workers[name]("timed_steps", steps))
     return times
 
 
@@ -305,13 +308,12 @@ def measure(case: Case, options: argparse.Namespace, device: torch.device) -> di
         for name in names[2:]:
             workers[name]("use_experts", experts)
         for name in names:
-            for _ in range(3):
-                workers[name]("timed_step")
-        times = alternate(workers, options.steps or case.steps)
+            workers[name]("timed_steps", 3)
+        times = alternate(workers, options.rounds or case.rounds, case.steps)
         parameters = workers[OURS]("parameters")
     sides = {name: summary(times[name], size * seq) for name in names}
     sides[THEIRS] |= {"experts": experts, "experts_step_s": tried}
-    figures = {"parameters": parameters, "batch": size, "seq": seq, "dtype": precision, "steps": len(times[OURS])}
+    figures = {"parameters": parameters, "batch": size, "seq": seq, "dtype": precision, "rounds": len(times[OURS])}
     figures |= {"loss": losses} | sides | ratio_of(times[THEIRS], times[OURS])
     if THEIRS_TUNED in times:
         figures |= ratio_of(times[THEIRS_TUNED], times[OURS], "_same_allocator")

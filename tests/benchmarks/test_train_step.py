@@ -20,7 +20,7 @@ TINY = (
 
 def test_json_has_the_documented_fields():
     overrides = [part for override in TINY for part in ("--set", override)]
-    size = ["--model", "small", "--steps", "3", "--batch", "2", "--seq", "16", "--threads", "1", "--device", "cpu"]
+    size = ["--model", "small", "--rounds", "3", "--batch", "2", "--seq", "16", "--threads", "1", "--device", "cpu"]
     command = [sys.executable, str(ROOT / "benchmarks" / "train_step.py"), "--json", *size, *overrides]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"}
@@ -31,13 +31,14 @@ def test_json_has_the_documented_fields():
     assert result["machine"].keys() == {"device", "cpu", "cores", "threads", "system"}
     assert result["versions"].keys() == {"torch", "megatron-core", "transformers"}
     figures = result["models"]["small"]
-    assert figures["steps"] == 3
+    assert figures["rounds"] == 3
     assert (figures["batch"], figures["seq"], figures["dtype"]) == (2, 16, "fp32")
     assert figures["loss"]["relative_difference"] < 1e-4
-    for side in ("ours", "transformers"):
+    for side in ("ours", "transformers", "transformers_same_allocator"):
         assert figures[side]["tokens_per_s"] > 0
         assert figures[side]["median_step_s"] > 0
         assert len(figures[side]["step_s_quartiles"]) == 2
     assert figures["transformers"]["experts"] in figures["transformers"]["experts_step_s"]
-    assert figures["ratio"] > 0
-    assert figures["ratio_quartiles"][0] <= figures["ratio"] <= figures["ratio_quartiles"][1]
+    for ratio in ("ratio", "ratio_same_allocator"):
+        low, high = figures[f"{ratio}_quartiles"]
+        assert 0 < low <= figures[ratio] <= high
