@@ -45,6 +45,7 @@ from megatron_zaya.compat.host_memory import keep_freed_memory
 from megatron_zaya.config import RunConfig, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
+# transformer_config has the same table, but importing it would bring Megatron into the peer's process.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 OURS, THEIRS, THEIRS_TUNED = "ours", "transformers", "transformers_same_allocator"
 EXPERT_IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
@@ -91,13 +92,17 @@ class Run:
     """What every side is given."""
 
     config: RunConfig
-    precision: str
     device: torch.device
     size: int
     seq: int
     threads: int | None
     folder: Path
     """Where ours leaves its weights for the others."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the parameters."""
+        return DTYPES[self.config.run.precision]
 
     def batch(self) -> tuple[Tensor, Tensor]:
         """Return tokens and labels [size, seq]; equal in every process."""
@@ -110,7 +115,7 @@ class Run:
         """Return what transformers' "batched_mm" keeps for the backward pass: a copy of its expert for each token."""
         model = self.config.model
         values = self.size * self.seq * model.num_layers * 3 * model.moe_ffn_hidden_size * model.hidden_size
-        return values * DTYPES[self.precision].itemsize
+        return values * self.dtype.itemsize
 
 
 class Side:
@@ -186,7 +191,7 @@ def our_side(run: Run) -> Iterator[Side]:
     torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         pg_collection = build_process_groups(ParallelConfig(), seed=1234)
-        ours = our_model(run.config, pg_collection, DTYPES[run.precision]).to(run.device).train()
+        ours = our_model(run.config, pg_collection, run.dtype).to(run.device).train()
         initialise(ours, ours.config, run.config.run.seed)
         state = {ours.global_name(name): tensor for name, tensor in ours.state_dict().items() if tensor is not None}
         state = {name: tensor.contiguous() for name, tensor in to_hf(state, run.config.model).items()}
@@ -202,7 +207,7 @@ def their_side(run: Run) -> Iterator[Side]:
     """Build transformers' model with the weights that `our_side` left, in a process that has nothing of ours."""
     from transformers import ZayaConfig, ZayaForCausalLM
 
-    theirs = ZayaForCausalLM(ZayaConfig.from_pretrained(run.folder)).to(run.device, DTYPES[run.precision]).train()
+    theirs = ZayaForCausalLM(ZayaConfig.from_pretrained(run.folder)).to(run.device, run.dtype).train()
     theirs.set_attn_implementation("sdpa")
     missing = theirs.load_state_dict(safetensors.torch.load_file(run.folder / WEIGHTS), strict=False).missing_keys
     assert set(missing) <= {"lm_head.weight"}, missing  # tied
@@ -298,7 +303,7 @@ def measure(case: Case, options: argparse.Namespace, device: torch.device) -> di
     size, seq = options.batch or case.batch, options.seq or case.seq
     names = [OURS, THEIRS] + [THEIRS_TUNED] * (device.type == "cpu")
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        run = Run(config, precision, device, size, seq, options.threads, Path(folder))
+        run = Run(config, device, size, seq, options.threads, Path(folder))
         workers = {}
         for name in names:  # one after the other: the first leaves its weights for the others
             workers[name] = Worker(name, run)
