@@ -16,7 +16,7 @@ help:  ## list the commands
 
 setup: $(SETUP_STAMP)  ## build .venv (quick when nothing changed)
 
-$(SETUP_STAMP): setup.py constraints.txt ckpt/native.c
+$(SETUP_STAMP): setup.py constraints.txt ckpt/native.c megatron_zaya/model/fused.c
 	@$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info < (3, 14), f"Python 3.11 to 3.13 is needed, this is {sys.version.split()[0]}; set PYTHON="'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'

@@ -15,8 +15,17 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=[p for name in PACKAGES for p in (name, f"{name}.*")]),
-    # Without a compiler the package works as well; checkpoints are staged more slowly then (ckpt/native.py).
-    ext_modules=[Extension("ckpt._native", ["ckpt/native.c"], extra_compile_args=["-O3"], optional=True)],
+    # Without a compiler the package works as well: checkpoints are staged more slowly then (ckpt/native.py), and so are
+    # training steps without an accelerator (megatron_zaya/model/fused.py). OpenMP comes from the torch of the process.
+    ext_modules=[
+        Extension("ckpt._native", ["ckpt/native.c"], extra_compile_args=["-O3"], optional=True),
+        Extension(
+            "megatron_zaya.model._fused",
+            ["megatron_zaya/model/fused.c"],
+            extra_compile_args=["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"],
+            optional=True,
+        ),
+    ],
     package_data={name: ["py.typed", "**/*.yaml", "**/*.j2"] for name in PACKAGES},
     # torch comes with the platform (the ROCm image brings its own build): it is never pinned here.
     install_requires=[

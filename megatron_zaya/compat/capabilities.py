@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ckpt import native
+from megatron_zaya.model import fused
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,12 @@ def detect() -> list[Capability]:
             native.LIBRARY is not None,
             "compiled" if native.LIBRARY else "not compiled",
             "past the processor's cache" if native.LIBRARY else "libc's memmove: staging takes twice as long",
+        ),
+        Capability(
+            "fused CPU operations",
+            fused.LIBRARY is not None,
+            "compiled" if fused.LIBRARY else "not compiled",
+            "one pass over memory each" if fused.LIBRARY else "plain torch: a step on a CPU takes a tenth longer",
         ),
         Capability(
             "transformers",

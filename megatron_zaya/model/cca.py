@@ -26,8 +26,8 @@ from megatron.core.utils import divide
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from megatron_zaya.model.derivatives import causal_taps, merged_taps, normalised_sum, rotate
-from megatron_zaya.model.precision import at_least_fp32
+from megatron_zaya.model import fused
+from megatron_zaya.model.derivatives import attention_inputs, causal_taps, merged_convolution, normalised_sum, rotate
 from megatron_zaya.model.recompute import run_again_later
 from megatron_zaya.model.sharding import describe_shard, sum_over_ranks
 from megatron_zaya.model.transformer_config import ZayaTransformerConfig
@@ -75,57 +75,36 @@ class CausalHeadConvolution(nn.Module):
         return dict(self.named_parameters())
 
 
-def causal_convolutions(
+def causal_convolution(
     x_SBC: Tensor,
-    depthwise_weight: Tensor,
-    depthwise_bias: Tensor,
-    grouped_weight: Tensor,
-    grouped_bias: Tensor,
+    weight_kXDD: Tensor,
+    bias_X1D: Tensor,
     before: Sequence[Tensor] | None = None,
     position_SB: Tensor | None = None,
 ) -> Tensor:
-    """Depthwise, then head-wise causal convolution over time.
+    """Convolve each head over time.
 
     Args:
         x_SBC: the concatenated q and k channels.
-        depthwise_weight: [C, 1, k0]; depthwise_bias: [C].
-        grouped_weight: [C, D, k1], one group per head; grouped_bias: [C].
-        before: for each of the equal chunks that ``x_SBC`` consists of, the P = k0 + k1 - 2 rows [P, B, C] before it;
-            None means one chunk, and that the sequence starts here and they are zero. Only the input of the first
-            convolution is padded: its bias reaches the rows before the start.
+        weight_kXDD: taps of the merged convolution; ``bias_X1D`` its bias.
+        before: for each of the equal chunks that ``x_SBC`` consists of, the k - 1 rows [k - 1, B, C] before it; None
+            means one chunk, and that the sequence starts here and they are zero. Only the input of the first of the two
+            convolutions is padded: its bias reaches the rows before the start.
         position_SB: position of each token in its document, where there are several: rows before it are zero.
 
     Returns:
-        [T, X, D] for the T = S * B tokens and X = C / D heads, in the dtype of ``x_SBC``; X is its outer dimension in
-        memory.
+        [T, X, D] for the T = S * B tokens and X heads, in the dtype of ``x_SBC``; X is its outer dimension in memory.
     """
-    batch, dtype, head_width = x_SBC.shape[1], x_SBC.dtype, grouped_weight.shape[1]
-    weight_kXDD, bias_X1D = merge_convolutions(depthwise_weight, depthwise_bias, grouped_weight, grouped_bias)
+    batch, dtype, head_width = x_SBC.shape[1], x_SBC.dtype, weight_kXDD.shape[2]
     weight_kXDD, bias_X1D = weight_kXDD.to(dtype), bias_X1D.to(dtype)
-    if before is None:
-        before = (x_SBC.new_zeros(len(weight_kXDD) - 1, *x_SBC.shape[1:]),)
-    positions = [None] * len(before) if position_SB is None else [p.flatten() for p in position_SB.chunk(len(before))]
+    count = 1 if before is None else len(before)
+    positions = [None] * count if position_SB is None else [p.flatten() for p in position_SB.chunk(count)]
     out = []
-    for chunk_SBC, before_PBC, position_T in zip(x_SBC.chunk(len(before)), before, positions, strict=True):
-        x_XRD = torch.cat([before_PBC, chunk_SBC]).unflatten(-1, (-1, head_width)).flatten(0, 1).transpose(0, 1)
-        out_XTD = causal_taps(x_XRD, weight_kXDD, bias_X1D, batch, position_T)
-        out.append(out_XTD)
+    for chunk, (chunk_SBC, position_T) in enumerate(zip(x_SBC.chunk(count), positions, strict=True)):
+        x_RBC = chunk_SBC if before is None else torch.cat([before[chunk], chunk_SBC])
+        x_XRD = x_RBC.unflatten(-1, (-1, head_width)).flatten(0, 1).transpose(0, 1)
+        out.append(causal_taps(x_XRD, weight_kXDD, bias_X1D, batch, len(chunk_SBC) * batch, position_T))
     return (out[0] if len(out) == 1 else torch.cat(out, dim=1)).transpose(0, 1)
-
-
-def merge_convolutions(
-    depthwise_weight: Tensor, depthwise_bias: Tensor, grouped_weight: Tensor, grouped_bias: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return weight [k0 + k1 - 1, heads, D_in, D_out] and bias [heads, 1, D_out] of the one equal convolution.
-
-    Nothing stands between the two, so they merge; the products of the weights are small next to those of the tokens.
-    """
-    channels, head_width, taps1 = grouped_weight.shape
-    heads, taps0 = channels // head_width, depthwise_weight.shape[2]
-    first_k0XD1 = at_least_fp32(depthwise_weight).view(heads, head_width, 1, taps0).permute(3, 0, 1, 2)
-    second_k1XDD = at_least_fp32(grouped_weight).view(heads, head_width, head_width, taps1).permute(3, 0, 2, 1)
-    bias = at_least_fp32(depthwise_bias).view(heads, 1, head_width) @ second_k1XDD.sum(0)
-    return merged_taps(first_k0XD1, second_k1XDD), bias + at_least_fp32(grouped_bias).view(heads, 1, head_width)
 
 
 def mean_of_other_queries(plain_TXD: Tensor, replica_group: ProcessGroup) -> Tensor:
@@ -229,47 +208,63 @@ class CompressedConvolutionalAttention(MegatronModule):
 
     def _attend(self, qkv_SBC: Tensor, rotary_pos_emb: Tensor, sequence: LocalSequence | None) -> Tensor:
         """Return the attention output [S, B, Q * D] of this rank's heads: all between the two projections."""
-        qk_SBC, v_SBV = qkv_SBC.split([self.q_width + self.kv_width, self.kv_width], dim=-1)
-        qk_before, delayed_before, position_SB = self._neighbourhood(qkv_SBC, sequence)
-        seq, batch = qkv_SBC.shape[:2]
-
-        # q and k stay side by side (X = Q + K heads) until attention: one kernel each for what they share.
-        heads = (seq * batch, self.query_heads + self.kv_heads, self.config.kv_channels)
         temperature = self.config.widened("qk_norm", self.temperature)
         temperature_X1 = torch.cat([temperature.new_ones(self.query_heads), temperature])[:, None]
         length_X1 = temperature_X1 * math.sqrt(self.config.kv_channels)
-        q_conv, k_conv = self.conv_q(), self.conv_k()
-        convolution = {name: torch.cat([q_conv[name], k_conv[name]]) for name in q_conv}
-        convolved_TXD = causal_convolutions(qk_SBC, **convolution, before=qk_before, position_SB=position_SB)
-        convolved_TXD, plain_TXD = (self.config.widened("qk_norm", x) for x in (convolved_TXD, qk_SBC.view(heads)))
+        convolution = merged_convolution(self.conv_q(), self.conv_k())
+        angles = rotary_pos_emb[..., : rotary_pos_emb.shape[-1] // 2]  # the other half repeats them
+        before, position_SB = self._neighbourhood(qkv_SBC, sequence)
+
+        # q and k stay side by side (X = Q + K heads) until attention: one kernel each for what they share.
+        numbers = (qkv_SBC, *convolution, length_X1, angles)
+        whole = before is None and self.kv_replica_group is None
+        if whole and fused.fits(*numbers):
+            qk_SBXD, v_SBV = attention_inputs(*numbers, self.query_heads, self.current_width, position_SB)
+        else:
+            qk_SBXD, v_SBV = self._inputs(*numbers, before, position_SB)
+        q_SBQD, k_SBKD = qk_SBXD.split([self.query_heads, self.kv_heads], dim=2)
+        return self.core_attention(q_SBQD, k_SBKD, v_SBV.unflatten(2, (self.kv_heads, -1)), sequence)
+
+    def _inputs(
+        self,
+        qkv_SBC: Tensor,
+        weight_kXDD: Tensor,
+        bias_X1D: Tensor,
+        length_X1: Tensor,
+        angles: Tensor,
+        before: tuple[list[Tensor], list[Tensor]] | None,
+        position_SB: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return q and k [S, B, X, D] and v [S, B, V] as attention takes them."""
+        qk_before, delayed_before = before or (None, None)
+        qk_SBC, v_SBV = qkv_SBC.split([self.q_width + self.kv_width, self.kv_width], dim=-1)
+        plain_TXD = qk_SBC.unflatten(2, (-1, self.config.kv_channels)).flatten(0, 1)
+        convolved_TXD = causal_convolution(qk_SBC, weight_kXDD, bias_X1D, qk_before, position_SB)
+        convolved_TXD, plain_TXD = (self.config.widened("qk_norm", x) for x in (convolved_TXD, plain_TXD))
         if self.kv_replica_group is not None:
             convolved_TXD = convolved_TXD + mean_of_other_queries(plain_TXD, self.kv_replica_group)
         qk_TXD = normalised_sum(convolved_TXD, plain_TXD, length_X1, self.query_heads)
-        angles = rotary_pos_emb[..., : rotary_pos_emb.shape[-1] // 2]  # the other half repeats them
-        qk_SBXD = rotate(qk_TXD.to(qkv_SBC.dtype).view(seq, batch, *heads[1:]), angles)
-        q_SBQD, k_SBKD = qk_SBXD.split([self.query_heads, self.kv_heads], dim=2)
+        qk_SBXD = rotate(qk_TXD.to(qkv_SBC.dtype).unflatten(0, qkv_SBC.shape[:2]), angles)
 
         current, delayed = v_SBV.split([self.current_width, self.kv_width - self.current_width], dim=-1)
         delayed = delay_one_token(delayed, delayed_before, position_SB)
-        v_SBKD = torch.cat([current, delayed], dim=-1).view(seq, batch, self.kv_heads, -1)
-
-        return self.core_attention(q_SBQD, k_SBKD, v_SBKD, sequence)
+        return qk_SBXD, torch.cat([current, delayed], dim=-1)
 
     def _neighbourhood(
         self, qkv_SBC: Tensor, sequence: LocalSequence | None
-    ) -> tuple[list[Tensor] | None, list[Tensor] | None, Tensor | None]:
+    ) -> tuple[tuple[list[Tensor], list[Tensor]] | None, Tensor | None]:
         """Return the rows before each local chunk, of q and k and of the delayed value, and positions in documents.
 
         One exchange brings both. None stands for what needs no care.
         """
         if sequence is None:
-            return None, None, None
+            return None, None
         position_SB = None if sequence.documents is None else sequence.position_SB
         if sequence.group.size() == 1:
-            return None, None, position_SB
+            return None, position_SB
         reach = self.config.cca_time0 + self.config.cca_time1 - 2
         rows = exchange_halo(qkv_SBC, max(reach, 1), sequence.group)
         qk_width, skipped = self.q_width + self.kv_width, max(reach, 1) - reach
         qk_before = [block[skipped:, :, :qk_width] for block in rows]
         delayed_before = [block[-1:, :, qk_width + self.current_width :] for block in rows]
-        return qk_before, delayed_before, position_SB
+        return (qk_before, delayed_before), position_SB

@@ -1,11 +1,13 @@
 """Operations whose backward pass is written out, because autograd's makes more passes over memory.
 
 Each is plain torch, equal to its formula up to rounding, and used on every device unless it says otherwise. Where a
-gradient is the sum of slices, it is written in place instead of padding each slice with zeros and adding.
+gradient is the sum of slices, it is written in place instead of padding each slice with zeros and adding. In fp32 on a
+CPU some of them run as one compiled pass over memory instead (fused.py).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -15,24 +17,33 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from megatron_zaya.model import fused
+from megatron_zaya.model.precision import at_least_fp32
+
 
 class _RMSNorm(Function):
     @staticmethod
-    def forward(ctx: Any, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
-        mean_square_T1 = torch.linalg.vector_norm(x_TH, dim=-1, keepdim=True).square_().div_(x_TH.shape[-1])
-        inverse_T1 = mean_square_T1.add_(eps).rsqrt_()
-        ctx.save_for_backward(x_TH, weight_H, inverse_T1)
-        return (x_TH * inverse_T1).mul_(weight_H)
+    def forward(ctx: Any, x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+        if fused.fits(x, weight_H):
+            out, inverse = fused.norm(x, weight_H, eps)
+        else:
+            mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+            inverse = mean_square.add_(eps).rsqrt_()
+            out = (x * inverse).mul_(weight_H)
+        ctx.save_for_backward(x, weight_H, inverse)
+        return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, Tensor, None]:
-        x_TH, weight_H, inverse_T1 = ctx.saved_tensors
-        product_TH = grad_TH * x_TH
-        along_T = (product_TH @ weight_H).mul_(inverse_T1.flatten().square()).div_(x_TH.shape[-1])
-        grad_weight_H = inverse_T1.flatten() @ product_TH
-        grad_x_TH = torch.mul(grad_TH, weight_H, out=product_TH)
-        return grad_x_TH.addcmul_(x_TH, along_T.unsqueeze(-1), value=-1).mul_(inverse_T1), grad_weight_H, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight_H, inverse = ctx.saved_tensors
+        if fused.fits(grad, x, weight_H):
+            return *fused.norm_backward(grad, x, weight_H, inverse), None
+        product = grad * x
+        along = (product @ weight_H).unsqueeze(-1).mul_(inverse.square()).div_(x.shape[-1])
+        grad_weight_H = inverse.flatten() @ product.flatten(0, -2)
+        grad_x = torch.mul(grad, weight_H, out=product)
+        return grad_x.addcmul_(x, along, value=-1).mul_(inverse), grad_weight_H, None
 
 
 def rms_norm(x: Tensor, weight_H: Tensor, eps: float, wide: bool = True) -> Tensor:
@@ -42,7 +53,7 @@ def rms_norm(x: Tensor, weight_H: Tensor, eps: float, wide: bool = True) -> Tens
     """
     if wide and (x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64)):
         return F.rms_norm(x, weight_H.shape, weight_H, eps)
-    return _RMSNorm.apply(x.flatten(0, -2), weight_H, eps).view(x.shape)
+    return _RMSNorm.apply(x, weight_H, eps)
 
 
 class _ScaledSum(Function):
@@ -53,19 +64,25 @@ class _ScaledSum(Function):
         ctx.save_for_backward(a, a_scale_H, a_bias_H, b, b_scale_H, b_bias_H)
         # The two biases are constants of the token: one vector, two fused multiply-adds over the stream.
         constant_H = torch.addcmul(a_bias_H * a_scale_H, b_bias_H, b_scale_H)
+        if fused.fits(a, a_scale_H, b, b_scale_H):
+            return fused.scaled_sum(a, a_scale_H, b, b_scale_H, constant_H)
         return torch.addcmul(constant_H, a, a_scale_H).addcmul_(b, b_scale_H)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         a, a_scale_H, a_bias_H, b, b_scale_H, b_bias_H = ctx.saved_tensors
-        sum_H = grad.flatten(0, -2).sum(0)
-        product = grad * a
-        a_scale_grad_H = product.flatten(0, -2).sum(0).addcmul_(sum_H, a_bias_H)
-        torch.mul(grad, b, out=product)
-        b_scale_grad_H = product.flatten(0, -2).sum(0).addcmul_(sum_H, b_bias_H)
-        grad_a = torch.mul(grad, a_scale_H, out=product), a_scale_grad_H, sum_H * a_scale_H
-        return *grad_a, grad * b_scale_H, b_scale_grad_H, sum_H * b_scale_H
+        if fused.fits(grad, a, a_scale_H, b, b_scale_H):
+            grad_a, grad_b, sums = fused.scaled_sum_backward(grad, a, a_scale_H, b, b_scale_H)
+            sum_H, with_a_H, with_b_H = sums
+        else:
+            sum_H = grad.flatten(0, -2).sum(0)
+            product = grad * a
+            with_a_H = product.flatten(0, -2).sum(0)
+            with_b_H = torch.mul(grad, b, out=product).flatten(0, -2).sum(0)
+            grad_a, grad_b = torch.mul(grad, a_scale_H, out=product), grad * b_scale_H
+        of_a = grad_a, with_a_H.addcmul_(sum_H, a_bias_H), sum_H * a_scale_H
+        return *of_a, grad_b, with_b_H.addcmul_(sum_H, b_bias_H), sum_H * b_scale_H
 
 
 def scaled_sum(
@@ -79,6 +96,8 @@ class _WeightedSwiGLU(Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor, weight_T1: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up, weight_T1)
+        if fused.fits(gate_up, weight_T1):
+            return fused.swiglu(gate_up, weight_T1)
         gate_TF, up_TF = gate_up.chunk(2, dim=-1)
         return F.silu(gate_TF).mul_(up_TF).mul_(weight_T1)
 
@@ -86,6 +105,8 @@ class _WeightedSwiGLU(Function):
     @once_differentiable
     def backward(ctx: Any, grad_TF: Tensor) -> tuple[Tensor, Tensor]:
         gate_up, weight_T1 = ctx.saved_tensors
+        if fused.fits(grad_TF, gate_up, weight_T1):
+            return fused.swiglu_backward(grad_TF, gate_up, weight_T1)
         gate_TF, up_TF = gate_up.chunk(2, dim=-1)
         grad_gate_up = torch.empty_like(gate_up)
         grad_gate_TF, grad_up_TF = grad_gate_up.chunk(2, dim=-1)
@@ -135,48 +156,84 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
 class _CausalTaps(Function):
     @staticmethod
     def forward(
-        ctx: Any, x_XRD: Tensor, weight_kXDD: Tensor, bias_X1D: Tensor, step: int, position_T: Tensor | None
+        ctx: Any, x_XRD: Tensor, weight_kXDD: Tensor, bias_X1D: Tensor, step: int, rows: int, position_T: Tensor | None
     ) -> Tensor:
         ctx.save_for_backward(x_XRD, weight_kXDD, position_T)
         ctx.step = step
-        rows = x_XRD.shape[1] - (len(weight_kXDD) - 1) * step
-        out = bias_X1D
-        for tap, weight_XDD in enumerate(weight_kXDD):
-            window = _within_document(x_XRD[:, tap * step : tap * step + rows], len(weight_kXDD) - 1 - tap, position_T)
-            out = torch.baddbmm(bias_X1D, window, weight_XDD) if tap == 0 else out.baddbmm_(window, weight_XDD)
-        return out
+        return _taps(x_XRD, weight_kXDD, bias_X1D, step, rows, position_T)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_XTD: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_XTD: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         x_XRD, weight_kXDD, position_T = ctx.saved_tensors
-        rows, step = grad_XTD.shape[1], ctx.step
-        grad_x, grad_weight = torch.empty_like(x_XRD), torch.empty_like(weight_kXDD)
-        grad_x[:, rows:].zero_()  # the first tap fills the others
-        for tap, weight_XDD in enumerate(weight_kXDD):
-            window = slice(tap * step, tap * step + rows)
-            grad = _within_document(grad_XTD, len(weight_kXDD) - 1 - tap, position_T)
-            grad_x[:, window].baddbmm_(grad, weight_XDD.transpose(1, 2), beta=min(tap, 1))
-            torch.bmm(x_XRD[:, window].transpose(1, 2), grad, out=grad_weight[tap])
-        return grad_x, grad_weight, grad_XTD.sum(1, keepdim=True), None, None
+        grad_x_XRD = torch.zeros_like(x_XRD)
+        grad_weight = _taps_backward(grad_XTD, x_XRD, weight_kXDD, ctx.step, position_T, grad_x_XRD)
+        return grad_x_XRD, grad_weight, grad_XTD.sum(1, keepdim=True), None, None, None
 
 
-def _within_document(x_XTD: Tensor, distance: int, position_T: Tensor | None) -> Tensor:
-    """Return ``x_XTD`` with zero rows for tokens whose document does not reach ``distance`` tokens back."""
+def _windows(taps: int, step: int, rows_in: int, rows_out: int) -> Iterator[tuple[int, slice, slice]]:
+    """Yield, for each tap from the last to the first, which rows of the input it adds to which of the output."""
+    for tap in reversed(range(taps)):
+        first = rows_in - rows_out - (taps - 1 - tap) * step  # the input row of output row 0; below 0 there is none
+        yield tap, slice(max(first, 0), max(first + rows_out, 0)), slice(min(max(-first, 0), rows_out), rows_out)
+
+
+def _taps(
+    x_XRD: Tensor, weight_kXDD: Tensor, bias_X1D: Tensor, step: int, rows: int, position_T: Tensor | None
+) -> Tensor:
+    out_XTD = None
+    for tap, source, target in _windows(len(weight_kXDD), step, x_XRD.shape[1], rows):
+        window = _within_document(x_XRD[:, source], len(weight_kXDD) - 1 - tap, position_T, target)
+        if out_XTD is None:
+            out_XTD = torch.baddbmm(bias_X1D, window, weight_kXDD[tap])
+        else:
+            out_XTD[:, target].baddbmm_(window, weight_kXDD[tap])
+    assert out_XTD is not None, "a convolution has at least one tap"
+    return out_XTD
+
+
+def _taps_backward(
+    grad_XTD: Tensor,
+    x_XRD: Tensor,
+    weight_kXDD: Tensor,
+    step: int,
+    position_T: Tensor | None,
+    grad_x_XRD: Tensor,
+) -> Tensor:
+    """Add to the gradient of x, and return that of the weights."""
+    grad_weight = torch.empty_like(weight_kXDD)
+    for tap, source, target in _windows(len(weight_kXDD), step, x_XRD.shape[1], grad_XTD.shape[1]):
+        grad = _within_document(grad_XTD[:, target], len(weight_kXDD) - 1 - tap, position_T, target)
+        grad_x_XRD[:, source].baddbmm_(grad, weight_kXDD[tap].transpose(1, 2))
+        torch.bmm(x_XRD[:, source].transpose(1, 2), grad, out=grad_weight[tap])
+    return grad_weight
+
+
+def _within_document(x_XTD: Tensor, distance: int, position_T: Tensor | None, rows: slice) -> Tensor:
+    """Return ``x_XTD`` with zero rows for those tokens of ``rows`` whose document does not reach that far back."""
     if position_T is None or distance == 0:
         return x_XTD
-    return x_XTD.masked_fill((position_T < distance).unsqueeze(-1), 0)
+    return x_XTD.masked_fill((position_T[rows] < distance).unsqueeze(-1), 0)
 
 
 def causal_taps(
-    x_XRD: Tensor, weight_kXDD: Tensor, bias_X1D: Tensor, step: int, position_T: Tensor | None = None
+    x_XRD: Tensor, weight_kXDD: Tensor, bias_X1D: Tensor, step: int, rows: int, position_T: Tensor | None = None
 ) -> Tensor:
-    """Return out[t] = bias + sum over taps j of x[t + j * step] weight[j], one matrix product per head X and tap.
+    """Return out[t] = bias + sum over j of x[t - j * step] weight[taps - 1 - j]: a matrix product per head and tap.
 
-    The R rows of ``x_XRD`` are ``(taps - 1) * step`` more than those of the result [X, T, D]. With ``position_T``,
-    the position of each token in its document, inputs from before the document count as zero.
+    Args:
+        x_XRD: the last ``rows`` rows are those of the result; those before them, if any, are only looked back at.
+            Beyond them everything is zero.
+        weight_kXDD: [taps, X, in, out].
+        bias_X1D: bias.
+        step: rows from one token to the next of its sequence (sequences of a batch are interleaved).
+        rows: T.
+        position_T: position of each token in its document: inputs from before the document count as zero.
+
+    Returns:
+        [X, T, D].
     """
-    return _CausalTaps.apply(x_XRD, weight_kXDD, bias_X1D, step, position_T)
+    return _CausalTaps.apply(x_XRD, weight_kXDD, bias_X1D, step, rows, position_T)
 
 
 class _BlockPairs(Function):
@@ -212,8 +269,8 @@ class _RunProduct(Function):
         ctx.save_for_backward(x_TI, weight_EOI)
         ctx.runs = runs
         out = x_TI.new_empty(x_TI.shape[0], weight_EOI.shape[1])
-        for x, weight, y in zip(x_TI.split(runs), weight_EOI, out.split(runs), strict=True):
-            torch.mm(x, weight.t(), out=y)
+        for x, weight, y in zip(x_TI.split(runs), weight_EOI.transpose(1, 2).unbind(), out.split(runs), strict=True):
+            torch.mm(x, weight, out=y)
         return out
 
     @staticmethod
@@ -221,10 +278,11 @@ class _RunProduct(Function):
     def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor, Tensor, None]:
         x_TI, weight_EOI = ctx.saved_tensors
         grad_x, grad_weight = torch.empty_like(x_TI), torch.empty_like(weight_EOI)
-        parts = (x_TI.split(ctx.runs), grad_TO.split(ctx.runs), weight_EOI, grad_x.split(ctx.runs), grad_weight)
-        for x, grad, weight, gx, gw in zip(*parts, strict=True):
+        runs = ctx.runs
+        inputs = (x_TI.split(runs), grad_TO.split(runs), grad_TO.t().split(runs, dim=1), weight_EOI.unbind())
+        for x, grad, grad_OR, weight, gx, gw in zip(*inputs, grad_x.split(runs), grad_weight.unbind(), strict=True):
             torch.mm(grad, weight, out=gx)
-            torch.mm(grad.t(), x, out=gw)
+            torch.mm(grad_OR, x, out=gw)
         return grad_x, grad_weight, None
 
 
@@ -234,10 +292,14 @@ def run_product(x_TI: Tensor, weight_EOI: Tensor, runs: list[int]) -> Tensor:
 
 
 def _take(x_TH: Tensor, order_T: Tensor, inverse_T: Tensor, count: int) -> Tensor:
+    if fused.fits(x_TH):
+        return fused.gather_rows(x_TH, order_T[:count], len(x_TH))
     return x_TH.index_select(0, order_T[:count])
 
 
 def _spread(x_CH: Tensor, order_T: Tensor, inverse_T: Tensor, count: int) -> Tensor:
+    if fused.fits(x_CH):
+        return fused.gather_rows(x_CH, inverse_T, count)
     if count == 0:
         return x_CH.new_zeros(len(order_T), x_CH.shape[1])
     return x_CH.index_select(0, inverse_T.clamp_max(count - 1)).index_fill_(0, order_T[count:], 0)
@@ -308,36 +370,150 @@ def normalised_sum(conv_TXD: Tensor, qk_TXD: Tensor, length_X1: Tensor, query_he
     return _NormalisedSum.apply(conv_TXD, qk_TXD, coupling_XX, length_X1)
 
 
-class _MergedTaps(Function):
+class _AttentionInputs(Function):
     @staticmethod
-    def forward(ctx: Any, first_aXD1: Tensor, second_bXDD: Tensor) -> Tensor:
-        ctx.save_for_backward(first_aXD1, second_bXDD)
-        taps0, taps1 = len(first_aXD1), len(second_bXDD)
-        out = second_bXDD.new_zeros(taps0 + taps1 - 1, *second_bXDD.shape[1:])
-        for a, first_XD1 in enumerate(first_aXD1):
-            out[a : a + taps1].addcmul_(first_XD1, second_bXDD)
-        return out
+    def forward(
+        ctx: Any,
+        qkv_TC: Tensor,
+        weight_kXDD: Tensor,
+        bias_X1D: Tensor,
+        length_X1: Tensor,
+        cos_Rh: Tensor,
+        sin_Rh: Tensor,
+        step: int,
+        query_heads: int,
+        current_width: int,
+        position_T: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        qk_TXD, current_TV, delayed_TV = _parts_of(qkv_TC, weight_kXDD, current_width)
+        conv_XTD = _taps(qk_TXD.transpose(0, 1), weight_kXDD, bias_X1D, step, len(qkv_TC), position_T)
+        out_TXD, sum_TXD, inverse_TX = fused.heads(conv_XTD, qk_TXD, length_X1, cos_Rh, sin_Rh, query_heads)
+        value_TV = qkv_TC.new_empty(len(qkv_TC), current_TV.shape[1] + delayed_TV.shape[1])
+        value_TV[:, :current_width] = current_TV
+        value_TV[:step, current_width:] = 0
+        value_TV[step:, current_width:] = delayed_TV[:-step]
+        if position_T is not None:
+            value_TV[:, current_width:].masked_fill_((position_T == 0).unsqueeze(-1), 0)
+        ctx.save_for_backward(qkv_TC, weight_kXDD, position_T, sum_TXD, inverse_TX, length_X1, cos_Rh, sin_Rh)
+        ctx.numbers = step, query_heads, current_width
+        return out_TXD, value_TV
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_kXDD: Tensor) -> tuple[Tensor, Tensor]:
-        first_aXD1, second_bXDD = ctx.saved_tensors
-        grad_first, grad_second = torch.empty_like(first_aXD1), torch.zeros_like(second_bXDD)
-        for a, first_XD1 in enumerate(first_aXD1):
-            grad = grad_kXDD[a : a + len(second_bXDD)]
-            grad_first[a] = (grad * second_bXDD).sum((0, -1)).unsqueeze(-1)
-            grad_second.addcmul_(first_XD1, grad)
-        return grad_first, grad_second
+    def backward(ctx: Any, grad_TXD: Tensor, grad_value_TV: Tensor) -> tuple[Tensor | None, ...]:
+        qkv_TC, weight_kXDD, position_T, *of_heads = ctx.saved_tensors
+        step, query_heads, current_width = ctx.numbers
+        grad_qkv_TC = torch.empty_like(qkv_TC)
+        grad_qk_TXD, grad_current_TV, grad_delayed_TV = _parts_of(grad_qkv_TC, weight_kXDD, current_width)
+        grad_conv_XTD, grad_length_X1 = fused.heads_backward(grad_TXD, *of_heads, query_heads, grad_qk_TXD)
+        x_XTD, grad_x_XTD = (x.transpose(0, 1) for x in (_parts_of(qkv_TC, weight_kXDD, 0)[0], grad_qk_TXD))
+        grad_weight = _taps_backward(grad_conv_XTD, x_XTD, weight_kXDD, step, position_T, grad_x_XTD)
+        grad_current_TV[:] = grad_value_TV[:, :current_width]
+        grad_delayed_TV[:-step] = grad_value_TV[step:, current_width:]
+        grad_delayed_TV[-step:] = 0
+        if position_T is not None:
+            grad_delayed_TV[:-step].masked_fill_((position_T[step:] == 0).unsqueeze(-1), 0)
+        return grad_qkv_TC, grad_weight, grad_conv_XTD.sum(1, keepdim=True), grad_length_X1, *[None] * 6
 
 
-def merged_taps(first_aXD1: Tensor, second_bXDD: Tensor) -> Tensor:
-    """Return the taps of a depthwise, then a full convolution: out[k] = sum over a + b = k of first[a] second[b].
+def _parts_of(qkv_TC: Tensor, weight_kXDD: Tensor, current_width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the views of q and k [T, X, D], and of the current and the delayed part of v [T, V]."""
+    heads, width = weight_kXDD.shape[1:3]
+    value = heads * width
+    qk_TXD = qkv_TC[:, :value].unflatten(1, (heads, width))
+    return qk_TXD, qkv_TC[:, value : value + current_width], qkv_TC[:, value + current_width :]
+
+
+def attention_inputs(
+    qkv_SBC: Tensor,
+    weight_kXDD: Tensor,
+    bias_X1D: Tensor,
+    length_X1: Tensor,
+    angles: Tensor,
+    query_heads: int,
+    current_width: int,
+    position_SB: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Do :func:`causal_taps`, :func:`normalised_sum`, :func:`rotate` and the delay of the values in one go.
 
     Args:
-        first_aXD1: the factor of each of the D channels of head X, per tap.
-        second_bXDD: the [in, out] matrix of each head, per tap.
+        qkv_SBC: q and k heads, then values, of whole sequences; fp32 on a CPU, as all others (see fused.fits).
+        weight_kXDD: taps of the one convolution of q and k; ``bias_X1D`` its bias.
+        length_X1: of each head.
+        angles: [S, B or 1, 1, h].
+        query_heads: how many of the X heads are queries; the others are keys.
+        current_width: how many of the V values are a token's own; the others come from the token before.
+        position_SB: position of each token in its document, where there are several.
 
     Returns:
-        [taps of the first + taps of the second - 1, X, D, D].
+        q and k [S, B, X, D], and the values [S, B, V].
     """
-    return _MergedTaps.apply(first_aXD1, second_bXDD)
+    seq, batch = qkv_SBC.shape[:2]
+    cos_Rh, sin_Rh = (x.flatten(0, 2) for x in (angles.cos(), angles.sin()))
+    position_T = None if position_SB is None else position_SB.flatten()
+    numbers = (batch, query_heads, current_width, position_T)
+    qk_TXD, value_TV = _AttentionInputs.apply(
+        qkv_SBC.flatten(0, 1), weight_kXDD, bias_X1D, length_X1, cos_Rh, sin_Rh, *numbers
+    )
+    return qk_TXD.unflatten(0, (seq, batch)), value_TV.unflatten(0, (seq, batch))
+
+
+class _MergedConvolution(Function):
+    @staticmethod
+    def forward(ctx: Any, *weights: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(*weights)
+        if fused.fits(*weights):
+            return fused.merged_convolution(weights)
+        first_aXD1, first_bias_X1D, second_bXDD, second_bias_X1D = _factors(weights)
+        weight_kXDD = second_bXDD.new_zeros(len(first_aXD1) + len(second_bXDD) - 1, *second_bXDD.shape[1:])
+        for tap, first_XD1 in enumerate(first_aXD1):
+            weight_kXDD[tap : tap + len(second_bXDD)].addcmul_(first_XD1, second_bXDD)
+        return weight_kXDD, torch.baddbmm(second_bias_X1D, first_bias_X1D, second_bXDD.sum(0))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_kXDD: Tensor, grad_X1D: Tensor) -> tuple[Tensor, ...]:
+        weights = ctx.saved_tensors
+        if fused.fits(grad_kXDD, grad_X1D, *weights):
+            return fused.merged_convolution_backward(grad_kXDD, grad_X1D, weights)
+        first_aXD1, first_bias_X1D, second_bXDD, _ = _factors(weights)
+        grad_first, grad_second = torch.empty_like(first_aXD1), torch.zeros_like(second_bXDD)
+        for tap, first_XD1 in enumerate(first_aXD1):
+            grad = grad_kXDD[tap : tap + len(second_bXDD)]
+            grad_first[tap] = (grad * second_bXDD).sum((0, -1)).unsqueeze(-1)
+            grad_second.addcmul_(first_XD1, grad)
+        grad_second.addcmul_(first_bias_X1D.transpose(1, 2), grad_X1D)
+        grad_first_bias = grad_X1D @ second_bXDD.sum(0).transpose(1, 2)
+        joined = grad_first.permute(1, 2, 3, 0), grad_first_bias, grad_second.permute(1, 3, 2, 0), grad_X1D
+        sizes = [len(weights[1]), len(weights[5])]
+        parts = [x.reshape(sum(sizes), *w.shape[1:]).split(sizes) for x, w in zip(joined, weights[:4], strict=True)]
+        grads = [part[stream] for stream in range(2) for part in parts]
+        return tuple(grad.to(w.dtype) for grad, w in zip(grads, weights, strict=True))
+
+
+def _factors(weights: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return taps [a, X, D, 1] and bias [X, 1, D] of the first convolution, [b, X, in, out] and bias of the second."""
+    joined = [at_least_fp32(torch.cat(pair)) for pair in zip(weights[:4], weights[4:], strict=True)]
+    first, first_bias, second, second_bias = joined
+    channels, width, taps = second.shape
+    heads = channels // width
+    first_aXD1 = first.view(heads, width, 1, -1).permute(3, 0, 1, 2)
+    second_bXDD = second.view(heads, width, width, taps).permute(3, 0, 2, 1)
+    return first_aXD1, first_bias.view(heads, 1, width), second_bXDD, second_bias.view(heads, 1, width)
+
+
+def merged_convolution(q: dict[str, Tensor], k: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the one convolution that a depthwise and then a head-wise one amount to: nothing stands between them.
+
+    The products of the weights are small next to those of the tokens.
+
+    Args:
+        q: of the query heads, in this order: depthwise weight [C, 1, k0], one per channel, and bias [C]; head-wise
+            weight [C, D, k1], out before in, and bias [C].
+        k: of the key heads.
+
+    Returns:
+        Weight [k0 + k1 - 1, X, in, out] and bias [X, 1, D] of all heads, at least fp32: tap k is the sum over
+        a + b = k of first[a] second[b].
+    """
+    return _MergedConvolution.apply(*q.values(), *k.values())
