@@ -12,7 +12,8 @@ allocator to keep freed memory (megatron_zaya/compat/host_memory.py). The sides 
 another order each round, so that whatever else the machine does falls on all; `ratio` is the median over rounds of
 (their time / our time) and is the figure to trust on a noisy machine, `ratio_quartiles` its spread. On a CPU a third
 process runs transformers with our setting of the allocator: `ratio_same_allocator` is what is left of the ratio then,
-the part that is the model's. Tokens per second are batch * seq / median step time and depend on the machine. The peer
+the part that is the model's; a fourth runs ours without its compiled operations, as it is where no C compiler was at
+hand (megatron_zaya/model/fused.py): `ratio_not_compiled`. Tokens per second are batch * seq / median step time and depend on the machine. The peer
 runs at its best: each of transformers' expert implementations is tried first and the fastest one is measured
 (`experts`), with torch's fused attention (sdpa). On no side is the model compiled. Use `--threads 1` to compare two
 versions of the code.
@@ -43,14 +44,16 @@ from torch import Tensor
 
 from megatron_zaya.compat.host_memory import keep_freed_memory
 from megatron_zaya.config import RunConfig, load_config
+from megatron_zaya.model import fused
 
 ROOT = Path(__file__).resolve().parents[1]
 # transformer_config has the same table, but importing it would bring Megatron into the peer's process.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-OURS, THEIRS, THEIRS_TUNED = "ours", "transformers", "transformers_same_allocator"
+OURS, OURS_PLAIN, THEIRS, THEIRS_TUNED = "ours", "ours_not_compiled", "transformers", "transformers_same_allocator"
 EXPERT_IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 ADAMW = dict(lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=True)
 BATCHED_LIMIT_BYTES = 4 << 30
+OTHER_RATIOS = ("ratio_same_allocator", "ratio_not_compiled")
 WEIGHTS = "model.safetensors"
 LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
 
@@ -172,7 +175,7 @@ class Side:
 
 
 @contextlib.contextmanager
-def our_side(run: Run) -> Iterator[Side]:
+def our_side(run: Run, compiled: bool) -> Iterator[Side]:
     """Build ours as our training does, and leave its weights and configuration in transformers' format."""
     from megatron_zaya.compat import cpu, quiet_megatron
 
@@ -184,6 +187,8 @@ def our_side(run: Run) -> Iterator[Side]:
     from megatron_zaya.model.init import initialise
     from megatron_zaya.parallel.groups import build_process_groups
 
+    if not compiled:
+        fused.LIBRARY = None
     sys.path.insert(0, str(ROOT))  # for the tests' model builders, when run as a script
     from tests.model.small import hf_config, our_model
 
@@ -225,7 +230,7 @@ def serve(connection: Connection, name: str, run: Run) -> None:
         torch.set_num_threads(run.threads)
     if name == THEIRS_TUNED:
         keep_freed_memory()
-    with our_side(run) if name == OURS else their_side(run) as side:
+    with our_side(run, name == OURS) if name in (OURS, OURS_PLAIN) else their_side(run) as side:
         connection.send("ready")
         while (call := connection.recv()) is not None:
             method, arguments = call
@@ -301,17 +306,17 @@ def measure(case: Case, options: argparse.Namespace, device: torch.device) -> di
     precision = options.dtype or ("bf16" if device.type == "cuda" else "fp32")
     config = load_config(ROOT / "configs" / case.file, [f"run.precision={precision}", *options.set])
     size, seq = options.batch or case.batch, options.seq or case.seq
-    names = [OURS, THEIRS] + [THEIRS_TUNED] * (device.type == "cpu")
+    names = [OURS, OURS_PLAIN, THEIRS, THEIRS_TUNED] if device.type == "cpu" else [OURS, THEIRS]
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         run = Run(config, device, size, seq, options.threads, Path(folder))
         workers = {}
-        for name in names:  # one after the other: the first leaves its weights for the others
+        for name in names:  # one after the other: ours leaves its weights for theirs
             workers[name] = Worker(name, run)
             stack.callback(workers[name].close)
         losses = check_first_loss(workers, precision)
         experts, tried = workers[THEIRS]("fastest_experts")
-        for name in names[2:]:
-            workers[name]("use_experts", experts)
+        if THEIRS_TUNED in workers:
+            workers[THEIRS_TUNED]("use_experts", experts)
         for name in names:
             workers[name]("timed_steps", 3)
         times = alternate(workers, options.rounds or case.rounds, case.steps)
@@ -320,8 +325,9 @@ def measure(case: Case, options: argparse.Namespace, device: torch.device) -> di
     sides[THEIRS] |= {"experts": experts, "experts_step_s": tried}
     figures = {"parameters": parameters, "batch": size, "seq": seq, "dtype": precision, "rounds": len(times[OURS])}
     figures |= {"loss": losses} | sides | ratio_of(times[THEIRS], times[OURS])
-    if THEIRS_TUNED in times:
+    if device.type == "cpu":
         figures |= ratio_of(times[THEIRS_TUNED], times[OURS], "_same_allocator")
+        figures |= ratio_of(times[THEIRS], times[OURS_PLAIN], "_not_compiled")
     return figures
 
 
@@ -334,6 +340,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "cpu": name,
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
+        "compiled_operations": fused.LIBRARY is not None,
         "system": platform.system(),
     }
 
@@ -343,12 +350,12 @@ def print_table(result: dict[str, Any]) -> None:
     print(f"{'model':6} {'batch':>9} {'dtype':5} {'ours tok/s':>11} {'theirs tok/s':>13} {'ratio':>6}  quartiles")
     for name, figures in result["models"].items():
         low, high = figures["ratio_quartiles"]
-        same = f"{figures['ratio_same_allocator']:.2f}" if "ratio_same_allocator" in figures else "-"
+        other = [f"{figures[name]:.2f}" if name in figures else "-" for name in OTHER_RATIOS]
         print(
             f"{name:6} {figures['batch']:>3} x{figures['seq']:>4} {figures['dtype']:5} "
             f"{figures['ours']['tokens_per_s']:11.0f} {figures['transformers']['tokens_per_s']:13.0f} "
             f"{figures['ratio']:6.2f}  {low:.2f}-{high:.2f}   "
-            f"same allocator: {same}   theirs: {figures['transformers']['experts']} experts; "
+            f"same allocator: {other[0]}   not compiled: {other[1]}   theirs: {figures['transformers']['experts']} experts; "
             f"first loss {figures['loss']['ours']:.5f} and {figures['loss']['transformers']:.5f}"
         )
 

@@ -23,22 +23,29 @@ def test_json_has_the_documented_fields():
     size = ["--model", "small", "--rounds", "3", "--batch", "2", "--seq", "16", "--threads", "1", "--device", "cpu"]
     command = [sys.executable, str(ROOT / "benchmarks" / "train_step.py"), "--json", *size, *overrides]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        command, capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["benchmark"] == "train_step"
-    assert result["machine"].keys() == {"device", "cpu", "cores", "threads", "system"}
+    assert result["machine"].keys() == {
+        "device",
+        "cpu",
+        "cores",
+        "threads",
+        "compiled_operations",
+        "system",
+    }
     assert result["versions"].keys() == {"torch", "megatron-core", "transformers"}
     figures = result["models"]["small"]
     assert figures["rounds"] == 3
     assert (figures["batch"], figures["seq"], figures["dtype"]) == (2, 16, "fp32")
     assert figures["loss"]["relative_difference"] < 1e-4
-    for side in ("ours", "transformers", "transformers_same_allocator"):
+    for side in ("ours", "ours_not_compiled", "transformers", "transformers_same_allocator"):
         assert figures[side]["tokens_per_s"] > 0
         assert figures[side]["median_step_s"] > 0
         assert len(figures[side]["step_s_quartiles"]) == 2
     assert figures["transformers"]["experts"] in figures["transformers"]["experts_step_s"]
-    for ratio in ("ratio", "ratio_same_allocator"):
+    for ratio in ("ratio", "ratio_same_allocator", "ratio_not_compiled"):
         low, high = figures[f"{ratio}_quartiles"]
         assert 0 < low <= figures[ratio] <= high
