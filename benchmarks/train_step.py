@@ -13,10 +13,10 @@ another order each round, so that whatever else the machine does falls on all; `
 (their time / our time) and is the figure to trust on a noisy machine, `ratio_quartiles` its spread. On a CPU a third
 process runs transformers with our setting of the allocator: `ratio_same_allocator` is what is left of the ratio then,
 the part that is the model's; a fourth runs ours without its compiled operations, as it is where no C compiler was at
-hand (megatron_zaya/model/fused.py): `ratio_not_compiled`. Tokens per second are batch * seq / median step time and depend on the machine. The peer
-runs at its best: each of transformers' expert implementations is tried first and the fastest one is measured
-(`experts`), with torch's fused attention (sdpa). On no side is the model compiled. Use `--threads 1` to compare two
-versions of the code.
+hand (megatron_zaya/model/fused.py): `ratio_not_compiled`. Tokens per second are batch * seq / median step time and
+depend on the machine. The peer runs at its best: each of transformers' expert implementations is tried first and the
+fastest one is measured (`experts`), with torch's fused attention (sdpa). On no side is the model compiled. Use
+`--threads 1` to compare two versions of the code.
 """
 
 from __future__ import annotations
@@ -355,7 +355,8 @@ def print_table(result: dict[str, Any]) -> None:
             f"{name:6} {figures['batch']:>3} x{figures['seq']:>4} {figures['dtype']:5} "
             f"{figures['ours']['tokens_per_s']:11.0f} {figures['transformers']['tokens_per_s']:13.0f} "
             f"{figures['ratio']:6.2f}  {low:.2f}-{high:.2f}   "
-            f"same allocator: {other[0]}   not compiled: {other[1]}   theirs: {figures['transformers']['experts']} experts; "
+            f"same allocator: {other[0]}   not compiled: {other[1]}   "
+            f"theirs: {figures['transformers']['experts']} experts; "
             f"first loss {figures['loss']['ours']:.5f} and {figures['loss']['transformers']:.5f}"
         )
 
