@@ -216,12 +216,12 @@ class CompressedConvolutionalAttention(MegatronModule):
         before, position_SB = self._neighbourhood(qkv_SBC, sequence)
 
         # q and k stay side by side (X = Q + K heads) until attention: one kernel each for what they share.
-        numbers = (qkv_SBC, *convolution, length_X1, angles)
+        tensors = (qkv_SBC, *convolution, length_X1, angles)
         whole = before is None and self.kv_replica_group is None
-        if whole and fused.fits(*numbers):
-            qk_SBXD, v_SBV = attention_inputs(*numbers, self.query_heads, self.current_width, position_SB)
+        if whole and fused.fits(*tensors):
+            qk_SBXD, v_SBV = attention_inputs(*tensors, self.query_heads, self.current_width, position_SB)
         else:
-            qk_SBXD, v_SBV = self._inputs(*numbers, before, position_SB)
+            qk_SBXD, v_SBV = self._inputs(*tensors, before, position_SB)
         q_SBQD, k_SBKD = qk_SBXD.split([self.query_heads, self.kv_heads], dim=2)
         return self.core_attention(q_SBQD, k_SBKD, v_SBV.unflatten(2, (self.kv_heads, -1)), sequence)
 

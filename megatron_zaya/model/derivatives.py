@@ -451,10 +451,8 @@ def attention_inputs(
     seq, batch = qkv_SBC.shape[:2]
     cos_Rh, sin_Rh = (x.flatten(0, 2) for x in (angles.cos(), angles.sin()))
     position_T = None if position_SB is None else position_SB.flatten()
-    numbers = (batch, query_heads, current_width, position_T)
-    qk_TXD, value_TV = _AttentionInputs.apply(
-        qkv_SBC.flatten(0, 1), weight_kXDD, bias_X1D, length_X1, cos_Rh, sin_Rh, *numbers
-    )
+    tensors = (qkv_SBC.flatten(0, 1), weight_kXDD, bias_X1D, length_X1, cos_Rh, sin_Rh)
+    qk_TXD, value_TV = _AttentionInputs.apply(*tensors, batch, query_heads, current_width, position_T)
     return qk_TXD.unflatten(0, (seq, batch)), value_TV.unflatten(0, (seq, batch))
 
 
