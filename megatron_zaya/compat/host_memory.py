@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
-_NEVER = 2**31 - 1
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # glibc's malloc.h
+_NEVER = -1  # as a size: no heap is that large
 
 
 def keep_freed_memory() -> bool:
@@ -16,6 +16,9 @@ def keep_freed_memory() -> bool:
     kernel hands them out again page by page, zeroed: a page fault for every 4 KiB of every step. The process keeps the
     memory of its largest step in exchange; torch does the same with an accelerator's.
 
+    Threads share the one heap: those of a collective would have heaps of their own, of 64 MiB at most, and glibc maps
+    what is larger anew each time, whatever it is told (gloo gathers the parameters into one such block per step).
+
     Returns:
         False where the C library is not glibc; nothing has changed then.
     """
@@ -23,4 +26,4 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return False
-    return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, _NEVER))
+    return all([mallopt(_M_MMAP_MAX, 0), mallopt(_M_TRIM_THRESHOLD, _NEVER), mallopt(_M_ARENA_MAX, 1)])
