@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_zaya.model.attention_derivatives import pair_blocks
 from megatron_zaya.model.context_attention import attend_across
-from megatron_zaya.model.derivatives import pair_blocks
 from megatron_zaya.model.transformer_config import ZayaTransformerConfig
 from megatron_zaya.parallel.sequence import LocalSequence
 

@@ -27,7 +27,13 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megatron_zaya.model import fused
-from megatron_zaya.model.derivatives import attention_inputs, causal_taps, merged_convolution, normalised_sum, rotate
+from megatron_zaya.model.attention_derivatives import (
+    attention_inputs,
+    causal_taps,
+    merged_convolution,
+    normalised_sum,
+    rotate,
+)
 from megatron_zaya.model.recompute import run_again_later
 from megatron_zaya.model.sharding import describe_shard, sum_over_ranks
 from megatron_zaya.model.transformer_config import ZayaTransformerConfig

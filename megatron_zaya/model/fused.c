@@ -1,8 +1,9 @@
 /* What stands between the matrix products of a ZAYA layer, in one pass over memory each: fp32, on a CPU.
 
    torch runs such an operation as several kernels, and each reads and writes the whole tensor. Here a row stays in the
-   processor's cache until all is done with it. The formulas are those of derivatives.py, which holds the plain torch
-   versions; T rows (tokens), H or F or D columns, everything contiguous unless a stride is given.
+   processor's cache until all is done with it. The formulas are those of derivatives.py and attention_derivatives.py,
+   which hold the plain torch versions; T rows (tokens), H or F or D columns, everything contiguous unless a stride is
+   given.
 
    Rows are handled in blocks of 128. A sum over all rows comes back as one part per block, which the caller adds up:
    the result does not depend on the number of threads. The threads are those of torch: this file is compiled with
@@ -79,7 +80,8 @@ void zaya_norm(const float *x, const float *weight, float eps, float *out, float
 void zaya_norm_backward(const float *grad, const float *x, const float *weight, const float *inverse, float *grad_x,
                         float *grad_weight, count rows, count width){
     FOR_BLOCKS(norm_backward(grad + at * width, x + at * width, weight, inverse + at, grad_x + at * width,
-                             grad_weight + block * width, n, width))}
+                             grad_weight + block * width, n, width))
+}
 
 /* ---- scaled sum: out = constant + a * a_scale + b * b_scale ---- */
 
@@ -118,7 +120,8 @@ void zaya_scaled_sum(const float *a, const float *a_scale, const float *b, const
 void zaya_scaled_sum_backward(const float *grad, const float *a, const float *a_scale, const float *b,
                               const float *b_scale, float *grad_a, float *grad_b, float *sums, count rows, count width){
     FOR_BLOCKS(sum_backward(grad + at * width, a + at * width, a_scale, b + at * width, b_scale, grad_a + at * width,
-                            grad_b + at * width, sums + block * 3 * width, n, width))}
+                            grad_b + at * width, sums + block * 3 * width, n, width))
+}
 
 /* ---- weighted SwiGLU: out = weight * silu(gate) * up, of rows [gate | up] ---- */
 
@@ -310,8 +313,8 @@ static void heads_backward(const shape *restrict s, count first, count end, cons
     }
 }
 
-/* `convolved` [X, T, D]; `plain` and its gradient [T, X, D] with a stride; `length` [X]; `cosine`, `sine` [T / repeat, half];
-   `out`, `sum` [T, X, D]; `inverse` [T, X]. */
+/* `convolved` [X, T, D]; `plain` and its gradient [T, X, D] with a stride; `length` [X]; `cosine`, `sine`
+   [T / repeat, half]; `out`, `sum` [T, X, D]; `inverse` [T, X]. */
 void zaya_heads(const shape *s, const float *convolved, const float *plain, const float *length, const float *cosine,
                 const float *sine, float *out, float *sum, float *inverse) {
     count rows = s->tokens, heads = s->queries + s->keys, width = heads * s->width;
@@ -329,8 +332,8 @@ void zaya_heads_backward(const shape *s, const float *grad, const float *sum, co
 
 /* ---- two convolutions in a row as one: weight[a + b] += first[a] second[b], for one stream of heads ----
 
-   `first` [C, taps0] and `second` [C, D, taps1] (out before in) as torch's Conv1d keeps them; the weight of the result is
-   [taps, heads, in, out] with `stride` elements from one tap to the next, its bias [heads, D]. */
+   `first` [C, taps0] and `second` [C, D, taps1] (out before in) as torch's Conv1d keeps them; the weight of the result
+   is [taps, heads, in, out] with `stride` elements from one tap to the next, its bias [heads, D]. */
 
 void zaya_merge(const float *first, const float *first_bias, const float *second, const float *second_bias,
                 float *weight, float *bias, count heads, count width, count taps0, count taps1, count stride) {
@@ -359,8 +362,8 @@ void zaya_merge(const float *first, const float *first_bias, const float *second
 
 /* The gradient of `second_bias` is that of the bias. */
 void zaya_merge_backward(const float *grad, const float *grad_bias, const float *first, const float *first_bias,
-                         const float *second, float *grad_first, float *grad_first_bias, float *grad_second, count heads,
-                         count width, count taps0, count taps1, count stride) {
+                         const float *second, float *grad_first, float *grad_first_bias, float *grad_second,
+                         count heads, count width, count taps0, count taps1, count stride) {
 #pragma omp parallel for schedule(static)
     for (count head = 0; head < heads; head++) {
         count at = head * width;

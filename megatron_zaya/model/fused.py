@@ -1,8 +1,8 @@
 """Operations of the layers in one pass over memory each, in fp32 on a CPU: fused.c, where a compiler was at hand.
 
-derivatives.py asks :func:`fits` and otherwise does the same in plain torch (docs/adr/0123). All tensors are fp32 on the
-CPU and are made contiguous first; T rows of H, F or D columns. Sums over rows are taken in blocks of rows, so results
-do not depend on the number of threads.
+derivatives.py and attention_derivatives.py ask :func:`fits` and otherwise do the same in plain torch (docs/adr/0123).
+All tensors are fp32 on the CPU and are made contiguous first; T rows of H, F or D columns. Sums over rows are taken in
+blocks of rows, so results do not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ def _streams(weights: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], slice, t
 
 
 def merged_convolution(weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return weight [taps, X, in, out] and bias [X, 1, D]; see derivatives.py for the four weights of q, and of k."""
+    """Return weight [taps, X, in, out] and bias [X, 1, D]; see attention_derivatives.py for the weights."""
     streams = list(_streams(weights))
     (_, width, taps0, taps1, _), every = streams[0][2], streams[1][1].stop
     weight_kXDD = weights[0].new_empty(taps0 + taps1 - 1, every, width, width)

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from megatron_zaya.model import derivatives, fused
+from megatron_zaya.model import attention_derivatives, derivatives, fused
 from tests.model.small import our_model, relative_error, run_config
 
 SEQ, BATCH = 37, 3
@@ -80,7 +80,7 @@ def convolution(queries: int, keys: int, width: int, taps: tuple[int, int]):
 
 
 def merged(*weights):
-    weight, bias = derivatives.merged_convolution(*(dict(enumerate(weights[i : i + 4])) for i in (0, 4)))
+    weight, bias = attention_derivatives.merged_convolution(*(dict(enumerate(weights[i : i + 4])) for i in (0, 4)))
     return torch.cat([weight.flatten(), bias.flatten()])
 
 
